@@ -1,0 +1,5 @@
+"""``python -m gossamer``."""
+
+from gossamer.cli.main import main
+
+raise SystemExit(main())

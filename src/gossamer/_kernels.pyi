@@ -1,0 +1,134 @@
+"""The compiled module. Call it through ``gossamer.ops``.
+
+Every array is C-contiguous. M counts tokens; activations are float32. A wrong type, shape, index or option is a
+ValueError or TypeError and nothing is written. The interpreter lock is released while a kernel runs. Results are
+bitwise the same for any number of threads, and for a token in whatever batch or chunk it comes.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_F32 = npt.NDArray[np.float32]
+_F64 = npt.NDArray[np.float64]
+_I32 = npt.NDArray[np.int32]
+_U8 = npt.NDArray[np.uint8]
+_Pool = npt.NDArray[Any]  # float32, float16, bfloat16 as uint16, or int8 with scales
+
+class Weight:
+    """A packed matrix and the arrays it reads, which it keeps alive: see kernels/linear.h for the layout."""
+
+    def __init__(
+        self,
+        code: str,
+        rows: int,
+        cols: int,
+        codes: _U8,
+        high: _U8 | None,
+        scale: str,
+        scales: _U8 | None,
+        offset: str,
+        offsets: _U8 | None,
+        group: int,
+        bias: _F32 | None,
+    ) -> None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    def refuse(self, input: str) -> str | None:
+        """Why no kernel multiplies this weight with inputs of this format, or None."""
+
+def isa() -> str:
+    """The instruction-set level in use."""
+
+def isa_supported() -> list[str]:
+    """The levels this machine runs, ascending."""
+
+def set_isa(name: str) -> None: ...
+def threads() -> int: ...
+def set_threads(n: int) -> None: ...
+def linear(x: _F32, weights: list[Weight], outs: list[_F32], input: str) -> None:
+    """outs[i] [M, rows_i] = x [M, cols] W_i^T + b_i, the input rounded once to ``input`` (f32, bf16, int8/token)."""
+
+def decode_rows(weight: Weight, ids: npt.NDArray[np.int64], out: _F32) -> None:
+    """out [n, cols] = rows ``ids`` of the matrix."""
+
+def rmsnorm(x: _F32, gain: _F32, eps: float, out: _F32) -> None:
+    """out [M, D] = x / sqrt(mean(x^2) + eps) * gain [D]; ``out`` may be ``x``."""
+
+def rope(x: _F32, cos: _F32, sin: _F32) -> None:
+    """Rotates x [M, heads, d] in place by cos, sin [M, r/2]: element i < r/2 with element i + r/2."""
+
+def gated(kind: str, gate: _F32, up: _F32, out: _F32) -> None:
+    """out [M, F] = act(gate) * up with act "silu", "gelu" or "gelu_tanh"; ``out`` may be ``gate``."""
+
+def add(x: _F32, y: _F32) -> None:
+    """x += y."""
+
+def scale(x: _F32, s: float) -> None:
+    """x *= s."""
+
+def softcap(x: _F32, cap: float) -> None:
+    """x = cap * tanh(x / cap)."""
+
+def kv_write(
+    k: _F32,
+    v: _F32,
+    positions: _I32,
+    block_table: _I32,
+    K: _Pool,
+    V: _Pool,
+    k_scale: _F32 | None,
+    v_scale: _F32 | None,
+) -> None:
+    """Stores k, v [M, kv_heads, d] at ``positions`` [M] of the sequence whose blocks ``block_table`` lists.
+
+    K [blocks, kv_heads, d, B], V [blocks, kv_heads, B, d]; int8 pools have scales [blocks, kv_heads, B].
+    """
+
+def attention(
+    q: _F32,
+    positions: _I32,
+    block_table: _I32,
+    K: _Pool,
+    V: _Pool,
+    k_scale: _F32 | None,
+    v_scale: _F32 | None,
+    out: _F32,
+    lse: _F32 | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """out [M, heads, d]: each query attends to the stored keys at positions p - window < j <= p (window 0: all).
+
+    ``lse`` [M, heads] takes the natural log of the sum of exponentials, so that partial results can be merged.
+    Online softmax (Milakov & Gimelshein 2018), cut only at fixed absolute positions.
+    """
+
+def sample(
+    logits: _F32,
+    recent: _I32,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repeat_penalty: float,
+    seed: int,
+    step: int,
+) -> tuple[int, float]:
+    """A token and its log-probability. The draw depends on (seed, step) alone. NaN logits are a RuntimeError."""
+
+def nll(logits: _F32, targets: _I32, out: _F64) -> None:
+    """out [M] = -log softmax(logits [M, V])[target], in nats."""
+
+def divergence(base: _F32, other: _F32, kl: _F64, same_top: _U8) -> None:
+    """kl [M] = KL(softmax(base) || softmax(other)) in nats; same_top [M] tells whether both agree on the best."""
+
+def read_bandwidth(bytes: int, seconds: float) -> float:
+    """GB/s (1e9) at which all threads read a buffer of anonymous memory; the best of several inner loops."""
+
+def probe_release() -> None:
+    """Gives the probe's buffer back."""

@@ -1,0 +1,83 @@
+"""``gossamer inspect MODEL``."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+
+from gossamer.checkpoints.names import resolve
+from gossamer.cli import ui
+from gossamer.models.checkpoint import open_checkpoint
+
+__all__ = ["run"]
+
+
+def run(args: argparse.Namespace) -> None:
+    checkpoint = open_checkpoint(resolve(args.model))
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer()
+    tensors = list(checkpoint.tensors())
+    bits = 8 * checkpoint.data_bytes / checkpoint.topology.parameters
+    kinds = Counter[tuple[str, str]]()
+    sizes = Counter[tuple[str, str]]()
+    for t in tensors:
+        kinds[t.type, t.runs_as] += 1
+        sizes[t.type, t.runs_as] += t.nbytes
+    if args.json:
+        ui.print_json(
+            {
+                "path": str(checkpoint.path),
+                "kind": checkpoint.kind,
+                "family": config.family,
+                "parameters": checkpoint.topology.parameters,
+                "data_bytes": checkpoint.data_bytes,
+                "total_bytes": checkpoint.total_bytes,
+                "bits_per_weight": bits,
+                "layers": config.layers,
+                "hidden": config.hidden,
+                "heads": config.heads,
+                "kv_heads": config.kv_heads,
+                "head_dim": config.head_dim,
+                "ffn": config.ffn,
+                "vocab": config.vocab,
+                "context": config.context,
+                "windows": sorted(set(config.windows)),
+                "tied": config.tied,
+                "chat_template": tokenizer.chat_template,
+                "bos_id": tokenizer.bos_id,
+                "eos_ids": list(tokenizer.eos_ids),
+                "provenance": checkpoint.provenance(),
+                "tensors": [
+                    {"name": t.name, "type": t.type, "shape": list(t.shape), "bytes": t.nbytes, "runs_as": t.runs_as}
+                    for t in tensors
+                ],
+            }
+        )
+        return
+    ui.say(f"{checkpoint.path}")
+    ui.say(
+        f"  {checkpoint.kind}, family {config.family}, {checkpoint.topology.parameters:,} parameters, "
+        f"{checkpoint.data_bytes:,} bytes of tensors ({bits:.3f} bits/weight), {checkpoint.total_bytes:,} bytes in all"
+    )
+    windows = sorted({w for w in config.windows if w})
+    ui.say(
+        f"  {config.layers} layers, width {config.hidden}, FFN {config.ffn}, {config.heads} heads / {config.kv_heads} "
+        f"key-value heads of {config.head_dim}, context {config.context}"
+        + (f", window {windows[0]} on {sum(map(bool, config.windows))} layers" if windows else "")
+        + (", tied head" if config.tied else "")
+    )
+    ends = ", ".join(f"{i} {tokenizer.token_text(i)!r}" for i in tokenizer.eos_ids) or "none"
+    ui.say(f"  {tokenizer.vocab_size:,} tokens, ends a turn: {ends}, adds BOS: {'yes' if tokenizer.add_bos else 'no'}")
+    template = tokenizer.chat_template
+    ui.say(f"  chat template: {'none (use --raw)' if template is None else f'{len(template)} characters'}")
+    for key, value in checkpoint.provenance().items():
+        ui.say(f"  {key}: {value}")
+    ui.say()
+    rows = [[kind, runs, str(n), f"{sizes[kind, runs]:,}"] for (kind, runs), n in kinds.items()]
+    ui.table(["stored as", "runs as", "tensors", "bytes"], rows, left=2)
+    if args.tensors:
+        ui.say()
+        ui.table(
+            ["tensor", "stored as", "runs as", "shape", "bytes"],
+            [[t.name, t.type, t.runs_as, "x".join(map(str, t.shape)), f"{t.nbytes:,}"] for t in tensors],
+            left=3,
+        )

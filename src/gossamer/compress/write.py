@@ -1,0 +1,117 @@
+"""Writes a model as a folder of ours: Hugging Face files, packed arrays, and ``gossamer.json``.
+
+The folder appears under its name only when it is complete. Arrays are written site by site, so memory stays at
+one site's weights beside its packed form.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gossamer
+from gossamer.checkpoints.folder import publish
+from gossamer.checkpoints.safetensors import SafetensorsWriter
+from gossamer.formats.node import ALIGN
+from gossamer.models.checkpoint import LAYOUT, Checkpoint
+from gossamer.models.family import to_hf
+from gossamer.models.load import Choose, Progress, plan
+
+__all__ = ["Written", "compress"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A published folder: the bytes of its arrays (the data section of the file) and of the whole folder."""
+
+    path: Path
+    data_bytes: int
+    folder_bytes: int
+    bits_per_weight: float
+
+
+def compress(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    choose: Choose,
+    *,
+    recipe: dict[str, Any],
+    progress: Progress | None = None,
+) -> Written:
+    """Stores every site in the format that ``choose`` gives and publishes the folder ``out``.
+
+    Raises UsageError when ``out`` exists, ResourceError when it cannot be written, FormatError or CheckpointError
+    for weights that cannot be stored; in each case nothing is left behind.
+    """
+    planned = plan(checkpoint, choose)
+    tokenizer = checkpoint.tokenizer()
+    topology, config = checkpoint.topology, checkpoint.config
+    with publish(out) as folder:
+        specs: list[tuple[str, str, tuple[int, ...]]] = []
+        for site in topology.sites:
+            weight = planned.formats[site.name].weight
+            for name, field in weight.fields(site.rows, site.cols).items():
+                specs.append((f"{site.name}.{name}", field.dtype, (field.length,)))
+        # Vectors come last: their lengths may be odd, and every packed array must start on 64 bytes.
+        for site in topology.sites:
+            if site.bias:
+                specs.append((f"{site.name}.bias", "F32", (site.rows,)))
+        for vector in topology.vectors:
+            specs.append((f"{vector.name}.weight", "F32", (vector.size,)))
+        with SafetensorsWriter(folder / "model.safetensors", specs, {"format": "gossamer"}, ALIGN) as writer:
+            for done, site in enumerate(topology.sites):
+                packed = checkpoint.pack(site, planned.formats[site.name])
+                for name, array in packed.arrays.items():
+                    writer.write(f"{site.name}.{name}", array)
+                if progress:
+                    progress(done + 1, len(topology.sites))
+            for site in topology.sites:
+                bias = checkpoint.bias(site)
+                if bias is not None:
+                    writer.write(f"{site.name}.bias", bias)
+            for vector in topology.vectors:
+                gain = checkpoint.vector(vector)
+                writer.write(f"{vector.name}.weight", gain - np.float32(1) if config.norm_plus_one else gain)
+        data = writer.data_bytes
+        _json(folder / "config.json", to_hf(config))
+        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        _json(folder / "tokenizer_config.json", tokenizer.config())
+        generation = dict(checkpoint.generation())
+        generation["eos_token_id"] = list(tokenizer.eos_ids)
+        _json(folder / "generation_config.json", generation)
+        _json(
+            folder / "gossamer.json",
+            {
+                "layout": LAYOUT,
+                "version": gossamer.__version__,
+                "recipe": recipe,
+                "formats": {name: str(fmt) for name, fmt in planned.formats.items()},
+                "cost": {"data_bytes": planned.data_bytes, "bits_per_weight": planned.bits_per_weight},
+                "source": {
+                    "file": checkpoint.path.name,
+                    "kind": checkpoint.kind,
+                    "bytes": checkpoint.total_bytes,
+                    "header_sha256": _fingerprint(checkpoint),
+                    **checkpoint.provenance(),
+                },
+            },
+        )
+        total = sum(f.stat().st_size for f in folder.iterdir())
+    return Written(Path(out), data, total, planned.bits_per_weight)
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash of what the source holds (names, types, shapes), cheap beside hashing gigabytes."""
+    digest = hashlib.sha256()
+    for t in checkpoint.tensors():
+        digest.update(f"{t.name} {t.type} {t.shape} {t.nbytes}\n".encode())
+    return digest.hexdigest()
+
+
+def _json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,121 @@
+"""The store of keys and values: one pool of blocks per layer, and the list of blocks that a sequence uses.
+
+A block holds 32 tokens of every layer. Keys lie transposed inside a block so that 32 keys are multiplied at once.
+KV pages take format expressions: ``f32``, ``f16`` (the default), ``bf16``, or ``int8/row`` (a scale per token and
+head).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gossamer.errors import FormatError, ResourceError
+from gossamer.models.config import Config
+from gossamer.models.transformer import KVLayer
+
+__all__ = ["BLOCK", "KV_FORMATS", "KVPool", "Sequence", "kv_bytes"]
+
+BLOCK = 32
+KV_FORMATS: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype("<f4"),
+    "f16": np.dtype("<f2"),
+    "bf16": np.dtype("<u2"),
+    "int8/row": np.dtype("i1"),
+}
+
+
+def kv_format(text: str) -> str:
+    """Checks a ``--kv`` expression. Raises FormatError listing what can be stored."""
+    name = re.sub(r"\s+", "", text)
+    if name not in KV_FORMATS:
+        raise FormatError(f"keys and values cannot be stored as '{text}'; choose {', '.join(KV_FORMATS)}.")
+    return name
+
+
+def kv_bytes(config: Config, tokens: int, fmt: str = "f16") -> int:
+    """Bytes that the keys and values of ``tokens`` tokens take, whole blocks, scales counted."""
+    blocks = (tokens + BLOCK - 1) // BLOCK
+    per_head = BLOCK * (config.head_dim * KV_FORMATS[kv_format(fmt)].itemsize + (4 if fmt == "int8/row" else 0))
+    return 2 * config.layers * blocks * config.kv_heads * per_head
+
+
+class KVPool:
+    """``tokens`` tokens of room (rounded up to whole blocks) for the layers of ``config``."""
+
+    def __init__(self, config: Config, tokens: int, fmt: str = "f16") -> None:
+        self.format = kv_format(fmt)
+        dtype = KV_FORMATS[self.format]
+        self.blocks = max(1, (tokens + BLOCK - 1) // BLOCK)
+        heads, d = config.kv_heads, config.head_dim
+        try:
+            self._layers = [self._layer(dtype, heads, d) for _ in range(config.layers)]
+        except MemoryError:
+            need = kv_bytes(config, tokens, self.format) / 1e6
+            raise ResourceError(
+                f"the keys and values of {tokens} tokens need {need:.0f} MB, which cannot be had; lower --context."
+            ) from None
+        self._free = list(range(self.blocks - 1, -1, -1))
+
+    def _layer(self, dtype: np.dtype[Any], heads: int, d: int) -> KVLayer:
+        # np.zeros takes pages from the system only when they are written.
+        scales = self.format == "int8/row"
+        return KVLayer(
+            np.zeros((self.blocks, heads, d, BLOCK), dtype),
+            np.zeros((self.blocks, heads, BLOCK, d), dtype),
+            np.zeros((self.blocks, heads, BLOCK), np.float32) if scales else None,
+            np.zeros((self.blocks, heads, BLOCK), np.float32) if scales else None,
+        )
+
+    def layer(self, index: int) -> KVLayer:
+        return self._layers[index]
+
+    @property
+    def free_tokens(self) -> int:
+        return len(self._free) * BLOCK
+
+    def take(self) -> int:
+        if not self._free:
+            raise ResourceError(f"the store of {self.blocks * BLOCK} tokens is full; raise --context.")
+        return self._free.pop()
+
+    def give(self, blocks: list[int]) -> None:
+        self._free.extend(reversed(blocks))
+
+
+class Sequence:
+    """A sequence's place in a pool: ``length`` tokens are stored, in the blocks of ``block_table``."""
+
+    def __init__(self, pool: KVPool) -> None:
+        self.pool, self.length = pool, 0
+        self._blocks: list[int] = []
+        self._table = np.zeros(0, np.int32)
+
+    @property
+    def block_table(self) -> npt.NDArray[np.int32]:
+        return self._table
+
+    def layer(self, index: int) -> KVLayer:
+        return self.pool.layer(index)
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for ``tokens`` more tokens; raises ResourceError when the pool is full, changing nothing."""
+        need = (self.length + tokens + BLOCK - 1) // BLOCK - len(self._blocks)
+        if need <= 0:
+            return
+        if need * BLOCK > self.pool.free_tokens:
+            raise ResourceError(
+                f"{self.length + tokens} tokens do not fit into a store of {self.pool.blocks * BLOCK}; raise --context."
+            )
+        self._blocks += [self.pool.take() for _ in range(need)]
+        self._table = np.array(self._blocks, np.int32)
+
+    def truncate(self, length: int) -> None:
+        """Forgets the tokens from ``length`` on and gives whole blocks back."""
+        keep = (length + BLOCK - 1) // BLOCK
+        self.pool.give(self._blocks[keep:])
+        del self._blocks[keep:]
+        self._table, self.length = np.array(self._blocks, np.int32), length

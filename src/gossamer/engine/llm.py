@@ -1,0 +1,350 @@
+"""The Python face of a loaded model: generate, chat, stream, logits.
+
+llm = LLM("smollm2-135m", format="int4/g32 @ int8/token")
+print(llm.generate("The capital of France is", max_tokens=8).text)
+for piece in llm.stream("Once upon a time", max_tokens=64):
+    print(piece, end="")
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gossamer import ops
+from gossamer.checkpoints.names import resolve
+from gossamer.engine.kv import KVPool, kv_bytes, kv_format
+from gossamer.engine.kv import Sequence as KVSequence
+from gossamer.errors import ResourceError, UsageError
+from gossamer.formats import SiteFormat, parse
+from gossamer.models.checkpoint import Checkpoint, open_checkpoint
+from gossamer.models.load import Choose, Loaded, Progress, load, plan
+from gossamer.models.topology import Site, Topology
+from gossamer.models.transformer import MAX_TOKENS
+
+__all__ = ["LLM", "Completion", "Need", "Sampling", "available_memory", "chooser"]
+
+F32 = npt.NDArray[np.float32]
+Messages = Sequence[dict[str, Any]]
+
+DEFAULT_CONTEXT = 4096  # tokens, when the model allows as many: longer costs memory only when it is used
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    ``temperature`` 0 takes the most likely token. The filters apply in the order repetition penalty, temperature,
+    top-k, top-p, min-p; 0 (top_k), 1 (top_p), 0 (min_p) and 1 (repeat_penalty) leave them out. The penalty looks at
+    the last 64 tokens. Equal seeds give equal texts.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, value: object, rule: str) -> None:
+            if not ok:
+                raise UsageError(f"{name} {value} is out of range: it must be {rule}.")
+
+        need(0 <= self.temperature <= 100, "temperature", self.temperature, "between 0 and 100")
+        need(0 <= self.top_k < 1 << 31, "top-k", self.top_k, "0 (off) or more")
+        need(0 < self.top_p <= 1, "top-p", self.top_p, "above 0 and at most 1")
+        need(0 <= self.min_p <= 1, "min-p", self.min_p, "between 0 and 1")
+        need(0 < self.repeat_penalty <= 100, "repeat-penalty", self.repeat_penalty, "above 0 and at most 100")
+        need(0 <= self.seed < 1 << 64, "seed", self.seed, "between 0 and 2^64 - 1")
+
+
+PENALTY_SPAN = 64
+
+
+@dataclass
+class Completion:
+    """A finished answer.
+
+    ``finish`` is "stop" (the model ended its turn), "length" (``max_tokens`` reached) or "context" (no room left).
+    Times are seconds: ``prefill_s`` for the part of the prompt that was computed (``computed_tokens``), ``decode_s``
+    for all tokens after the first.
+    """
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish: str = ""
+    prompt_tokens: int = 0
+    computed_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def prefill_tps(self) -> float:
+        return self.computed_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tps(self) -> float:
+        return (len(self.tokens) - 1) / self.decode_s if self.decode_s and len(self.tokens) > 1 else 0.0
+
+
+def chooser(fmt: SiteFormat | None, keep: Sequence[tuple[str, SiteFormat]], topology: Topology) -> Choose:
+    """The format of each site: the first pattern of ``keep`` that matches its name or role, else ``fmt``.
+
+    Raises UsageError for a pattern that matches no site of ``topology``.
+    """
+
+    def matches(pattern: str, site: Site) -> bool:
+        return fnmatchcase(site.name, pattern) or site.role == pattern
+
+    for pattern, _ in keep:
+        if not any(matches(pattern, site) for site in topology.sites):
+            roles = ", ".join(dict.fromkeys(site.role for site in topology.sites))
+            raise UsageError(
+                f"the pattern '{pattern}' matches no site; give a role ({roles}) or a name such as '*.mlp.down_proj'."
+            )
+
+    def choose(site: Site) -> SiteFormat | None:
+        return next((kept for pattern, kept in keep if matches(pattern, site)), fmt)
+
+    return choose
+
+
+@dataclass(frozen=True)
+class Need:
+    """Memory a model is about to take, in bytes: weights, and keys and values of a full context."""
+
+    weights: int
+    kv: int
+    context: int
+
+
+def _check_memory(need: Need) -> None:
+    available = available_memory()
+    if available is not None and need.weights + need.kv > available:
+        raise ResourceError(
+            f"the weights need {need.weights / 1e6:.0f} MB and {need.context} tokens of keys and values "
+            f"{need.kv / 1e6:.0f} MB, but only {available / 1e6:.0f} MB are free; choose a smaller format or --context."
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping, within the control group's limit; None where that is unknown."""
+    found = []
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            limit = file.read().strip()
+        if limit != "max":
+            with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
+                found.append(int(limit) - int(file.read()))
+    except (OSError, ValueError, IndexError):
+        pass
+    return min(found) if found else None
+
+
+class LLM:
+    """A model that runs.
+
+    Args:
+        model: a known name ("smollm2-135m"), a ``.gguf`` file, a folder, or a hub id.
+        format: a format expression for every linear site, or None for the checkpoint's own.
+        keep: (pattern, expression) pairs that override ``format`` for matching site names or roles.
+        context: most tokens of prompt and answer together; None takes the smaller of 4096 and the model's own.
+        kv: how keys and values are stored: f16, f32, bf16 or int8/row.
+        threads: None uses what the process's affinity and control group allow.
+        before_load: is told the memory needed before any of it is taken.
+
+    Raises:
+        GossamerError: one sentence that says what is wrong.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Checkpoint = "smollm2-135m",
+        *,
+        format: str | None = None,
+        keep: Sequence[tuple[str, str]] = (),
+        context: int | None = None,
+        kv: str = "f16",
+        threads: int | None = None,
+        progress: Progress | None = None,
+        before_load: Callable[[Need], None] | None = None,
+    ) -> None:
+        started = time.perf_counter()
+        fmt = parse(format) if format else None
+        kept = [(pattern, parse(text)) for pattern, text in keep]
+        if threads is not None:
+            ops.set_threads(threads)
+        self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(resolve(str(model)))
+        self.config = self.checkpoint.config
+        self.context = self._context(context)
+        self.kv_format = kv_format(kv)
+        chosen = plan(self.checkpoint, chooser(fmt, kept, self.checkpoint.topology))
+        need = Need(chosen.data_bytes, kv_bytes(self.config, self.context, self.kv_format), self.context)
+        if before_load:
+            before_load(need)
+        _check_memory(need)
+        self.loaded: Loaded = load(self.checkpoint, chosen.formats, progress)
+        self.transformer = self.loaded.transformer
+        self.tokenizer = self.checkpoint.tokenizer()
+        self.load_s = time.perf_counter() - started
+        self._sequence: Any = None
+        self._stored: list[int] = []  # the tokens whose keys and values the sequence holds
+
+    def _context(self, asked: int | None) -> int:
+        limit = self.config.context
+        if asked is None:
+            return min(DEFAULT_CONTEXT, limit)
+        if not 1 <= asked <= limit:
+            raise UsageError(f"--context {asked} is out of range: this model was made for 1 to {limit} tokens.")
+        return asked
+
+    # ------------------------------------------------------------ tokens to logits
+
+    def new_sequence(self, tokens: int) -> KVSequence:
+        """An empty sequence with room for ``tokens`` tokens, in a store of its own."""
+        return KVSequence(KVPool(self.config, tokens, self.kv_format))
+
+    def hidden(self, tokens: Sequence[int], sequence: KVSequence) -> Iterator[F32]:
+        """Runs tokens after what ``sequence`` holds; yields float32 [n, hidden] for chunks of at most 512."""
+        ids = self._checked(tokens)
+        sequence.reserve(len(ids))
+        for start in range(0, len(ids), MAX_TOKENS):
+            part = ids[start : start + MAX_TOKENS]
+            positions = np.arange(sequence.length, sequence.length + len(part), dtype=np.int32)
+            yield self.transformer.hidden(part, positions, sequence)
+            sequence.length += len(part)
+
+    def logits(self, tokens: Sequence[int]) -> F32:
+        """Next-token logits after each token of a text: float32 [tokens, vocabulary]."""
+        sequence = self.new_sequence(len(tokens))
+        return np.concatenate([self.transformer.logits(h) for h in self.hidden(tokens, sequence)])
+
+    def _checked(self, tokens: Sequence[int]) -> npt.NDArray[np.int32]:
+        ids = np.asarray(tokens, dtype=np.int64)
+        if ids.ndim != 1 or len(ids) == 0:
+            raise UsageError("there are no tokens to run; give a prompt that is not empty.")
+        if ids.min() < 0 or ids.max() >= self.config.vocab:
+            raise UsageError(
+                f"token {int(ids.max() if ids.min() >= 0 else ids.min())} is outside the model's {self.config.vocab} "
+                "tokens; was the text encoded with another tokenizer?"
+            )
+        return ids.astype(np.int32)
+
+    # ------------------------------------------------------------ text
+
+    def stream(
+        self, prompt: str | Sequence[int], *, max_tokens: int = 256, sampling: Sampling | None = None
+    ) -> Iterator[str]:
+        """Yields the answer piece by piece; ``self.last`` is its Completion when the iterator ends or is closed."""
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._run(tokens, max_tokens, sampling or Sampling())
+
+    def generate(
+        self, prompt: str | Sequence[int], *, max_tokens: int = 256, sampling: Sampling | None = None
+    ) -> Completion:
+        """Continues a text (or tokens) and returns the whole answer."""
+        for _ in self.stream(prompt, max_tokens=max_tokens, sampling=sampling):
+            pass
+        return self.last
+
+    def chat_tokens(self, messages: Messages) -> list[int]:
+        """The tokens of a conversation in the model's own template, up to where the assistant speaks."""
+        from gossamer.checkpoints.chat import render
+
+        t = self.tokenizer
+        eos = t.token_text(t.eos_ids[0]) if t.eos_ids else ""
+        bos = t.token_text(t.bos_id) if t.bos_id is not None else ""
+        text = render(t.chat_template, list(messages), bos_token=bos, eos_token=eos)
+        return t.encode(text)
+
+    def stream_chat(
+        self, messages: Messages, *, max_tokens: int = 256, sampling: Sampling | None = None
+    ) -> Iterator[str]:
+        """As ``stream``, for a list of {"role": ..., "content": ...}."""
+        return self.stream(self.chat_tokens(messages), max_tokens=max_tokens, sampling=sampling)
+
+    def chat(self, messages: Messages, *, max_tokens: int = 256, sampling: Sampling | None = None) -> Completion:
+        """As ``generate``, for a list of {"role": ..., "content": ...}."""
+        return self.generate(self.chat_tokens(messages), max_tokens=max_tokens, sampling=sampling)
+
+    def _run(self, prompt: list[int], max_tokens: int, sampling: Sampling) -> Iterator[str]:
+        if max_tokens < 1:
+            raise UsageError(f"max-tokens {max_tokens} is out of range: it must be at least 1.")
+        if len(prompt) >= self.context:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens and the context holds {self.context}; "
+                f"shorten it or raise --context (up to {self.config.context})."
+            )
+        self._checked(prompt)
+        result = self.last = Completion(prompt_tokens=len(prompt))
+        if self._sequence is None:
+            self._sequence = self.new_sequence(self.context)
+        shared = _common_prefix(self._stored, prompt[:-1])
+        self._sequence.truncate(shared)
+        self._stored = self._stored[:shared]
+        started = time.perf_counter()
+        *_, hidden = self._advance(prompt[shared:])  # at least the last prompt token is always computed
+        result.computed_tokens = len(prompt) - shared
+        text = self.tokenizer.stream()
+        history = list(prompt)
+        logits = self.transformer.logits(hidden[-1:])[0]
+        token = self._sample(logits, history, sampling, 0)
+        first = time.perf_counter()
+        result.prefill_s = first - started
+        try:
+            while True:
+                if token in self.tokenizer.eos_ids:
+                    result.finish = "stop"
+                    break
+                history.append(token)
+                result.tokens.append(token)
+                if piece := text.push(token):
+                    result.text += piece
+                    yield piece
+                if len(result.tokens) == max_tokens:
+                    result.finish = "length"
+                    break
+                if len(history) >= self.context:
+                    result.finish = "context"
+                    break
+                (hidden,) = self._advance([token])
+                logits = self.transformer.logits(hidden)[0]
+                token = self._sample(logits, history, sampling, len(result.tokens))
+                result.decode_s = time.perf_counter() - first
+            if piece := text.flush():
+                result.text += piece
+                yield piece
+        except GeneratorExit:
+            result.finish = "cancelled"
+            raise
+
+    def _advance(self, tokens: list[int]) -> Iterator[F32]:
+        done = 0
+        for hidden in self.hidden(tokens, self._sequence):
+            self._stored += tokens[done : done + len(hidden)]
+            done += len(hidden)
+            yield hidden
+
+    def _sample(self, logits: F32, history: list[int], s: Sampling, step: int) -> int:
+        recent = np.array(history[-PENALTY_SPAN:] if s.repeat_penalty != 1.0 else [], np.int32)
+        token, _ = ops.sample(logits, recent, s.temperature, s.top_k, s.top_p, s.min_p, s.repeat_penalty, s.seed, step)
+        return int(token)
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    n = 0
+    for x, y in zip(a, b):
+        if x != y:
+            break
+        n += 1
+    return n

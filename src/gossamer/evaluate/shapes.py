@@ -1,0 +1,148 @@
+"""Models of real shapes with random weights: what a model costs to run can be measured without having it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from gossamer.errors import ResourceError, UsageError
+from gossamer.formats import Format, Packed, allocate, parse
+from gossamer.formats.dispatch import make_runner
+from gossamer.formats.node import PANEL
+from gossamer.models.config import Config, Rope
+from gossamer.models.load import Loaded
+from gossamer.models.topology import Site, describe
+from gossamer.models.transformer import Transformer
+
+__all__ = ["SHAPES", "shape_model"]
+
+F32 = npt.NDArray[np.float32]
+Progress = Callable[[int, int], None]  # sites done, sites in all
+
+_SAMPLE = 1 << 20  # weights that are encoded; the matrix repeats them
+
+
+def _config(
+    family: str, sizes: tuple[int, ...], ropes: tuple[Rope, ...], context: int, eps: float = 1e-5, **more: object
+) -> Config:
+    """``sizes`` are vocabulary, hidden, layers, heads, key-value heads, head, feed-forward; one RoPE may serve all."""
+    vocab, hidden, layers, heads, kv_heads, head_dim, ffn = sizes
+    entries = {"windows": (0,) * layers, "tied": True} | more
+    return Config(
+        family=family,
+        vocab=vocab,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=ffn,
+        context=context,
+        norm_eps=eps,
+        ropes=ropes * (layers // len(ropes)),
+        **entries,  # type: ignore[arg-type]
+    )
+
+
+def _llama3(factor: float) -> Rope:
+    return Rope(5e5, "llama3", factor, 1.0, 4.0, 8192)
+
+
+_GEMMA_GLOBAL = [(i + 1) % 6 == 0 for i in range(26)]
+
+SHAPES: dict[str, Config] = {
+    "smollm2-135m": _config("llama", (49152, 576, 30, 9, 3, 64, 1536), (Rope(1e5),), 8192),
+    "llama-3.2-1b": _config("llama", (128256, 2048, 16, 32, 8, 64, 8192), (_llama3(32),), 131072),
+    "llama-3.2-3b": _config("llama", (128256, 3072, 28, 24, 8, 128, 8192), (_llama3(32),), 131072),
+    "llama-3-8b": _config("llama", (128256, 4096, 32, 32, 8, 128, 14336), (Rope(5e5),), 8192, tied=False),
+    "qwen2.5-0.5b": _config(
+        "qwen2", (151936, 896, 24, 14, 2, 64, 4864), (Rope(1e6),), 32768, 1e-6, biased=frozenset("qkv")
+    ),
+    "qwen3-0.6b": _config("qwen3", (151936, 1024, 28, 16, 8, 128, 3072), (Rope(1e6),), 40960, 1e-6, qk_norm=True),
+    "gemma-3-1b": _config(
+        "gemma3",
+        (262144, 1152, 26, 4, 1, 256, 6912),
+        tuple(Rope(1e6 if g else 1e4) for g in _GEMMA_GLOBAL),
+        32768,
+        1e-6,
+        windows=tuple(0 if g else 512 for g in _GEMMA_GLOBAL),
+        activation="gelu_tanh",
+        qk_norm=True,
+        post_norms=True,
+        embed_scale=math.sqrt(1152),
+    ),
+    "mistral-7b": _config(
+        "mistral", (32000, 4096, 32, 32, 8, 128, 14336), (Rope(1e4),), 32768, windows=(4096,) * 32, tied=False
+    ),
+}
+
+
+def shape_model(name: str | Config, format: str = "int4/g32", progress: Progress | None = None) -> Loaded:
+    """A model of the shape ``name`` (one of SHAPES, or any Config) with random weights stored as ``format``.
+
+    Every matrix has its own memory and is filled with the encoding of about a million random weights, repeated:
+    speed does not depend on the values. Raises UsageError for an unknown name, FormatError for an expression
+    that does not parse, and ResourceError before taking memory that the machine does not have.
+    """
+    config = name if isinstance(name, Config) else SHAPES.get(name)
+    if config is None:
+        raise UsageError(f"the shape '{name}' is not known; choose {', '.join(SHAPES)}.")
+    fmt, topology = parse(format), describe(config)
+    _check_memory(str(name) if isinstance(name, str) else "this shape", fmt.weight, topology.sites)
+    random = np.random.default_rng(0)
+    packed, runners = {}, {}
+    for done, site in enumerate(topology.sites):
+        arrays = packed[site.name] = _random_matrix(fmt.weight, site.rows, site.cols, random)
+        bias = random.standard_normal(site.rows, np.float32) if site.bias else None
+        runners[site.name] = make_runner(arrays, fmt, bias)
+        if progress:
+            progress(done + 1, len(topology.sites))
+    vectors = {v.name: np.ones(v.size, np.float32) for v in topology.vectors}
+    unfused = {site: r.refused for site, r in runners.items() if r.refused is not None}
+    return Loaded(Transformer(config, runners, vectors), topology, dict.fromkeys(packed, fmt), packed, unfused)
+
+
+def _random_matrix(fmt: Format, rows: int, cols: int, random: np.random.Generator) -> Packed:
+    """A sample of whole panels is encoded and its bytes repeated; the last, partial panel is encoded by itself."""
+    arrays = allocate(fmt, rows, cols)
+    whole = rows // PANEL
+    panels = min(whole, max(1, _SAMPLE // (PANEL * cols)))
+    values = random.standard_normal((max(panels, 1) * PANEL, cols), np.float32) / np.float32(math.sqrt(cols))
+    one = {key: field.used for key, field in fmt.fields(PANEL, cols).items()}
+    if any(field.used != one[key] * -(-rows // PANEL) for key, field in fmt.fields(rows, cols).items()):
+        panels = 0  # not laid out panel by panel: everything is encoded
+    if panels:
+        sample = allocate(fmt, panels * PANEL, cols)
+        fmt.encode_rows(values, sample, 0, cols)
+        for key, size in one.items():
+            for p in range(0, whole, panels):
+                count = min(panels, whole - p) * size
+                arrays[key][p * size : p * size + count] = sample[key][:count]
+    for r in range(whole * PANEL if panels else 0, rows, len(values)):
+        fmt.encode_rows(values[: rows - r], arrays, r, cols)
+    return Packed(fmt, (rows, cols), arrays)
+
+
+def _check_memory(name: str, fmt: Format, sites: tuple[Site, ...]) -> None:
+    for site in sites:
+        fmt.check(site.rows, site.cols)
+    need = sum(f.nbytes for s in sites for f in fmt.fields(s.rows, s.cols).values())
+    free = _free_memory()
+    if free is not None and need > free:
+        raise ResourceError(
+            f"{name} stored as {fmt} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; "
+            "choose a smaller shape or format."
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be taken without swapping, None where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            entries = dict(line.split(":", 1) for line in file)
+        return int(entries["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, KeyError):
+        return None

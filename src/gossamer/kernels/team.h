@@ -1,0 +1,44 @@
+// One persistent team of threads. Work is split statically, so which thread computes what never
+// depends on timing; results never depend on the number of threads.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace gsm {
+
+int team_threads();
+void set_team_threads(int n);  // 1..256, throws std::invalid_argument otherwise
+
+// Runs fn(thread, threads) on every thread of the team, the caller included; returns when all are done.
+// Calls from several threads take turns. fn must not throw and must not call team_run.
+void team_run(const std::function<void(int, int)>& fn);
+
+// The contiguous share of [0, n) that thread `t` of `threads` takes.
+struct Range {
+  int64_t begin, end;
+};
+inline Range share(int64_t n, int t, int threads) { return {n * t / threads, n * (t + 1) / threads}; }
+
+// Below this many simple element operations (a few microseconds) a call is not worth waking the team for.
+constexpr int64_t kTeamWork = 1 << 16;
+
+// Calls fn(begin, end) for contiguous shares of [0, n): on the whole team when `work` element operations pay for it.
+template <class Fn>
+inline void team_share(int64_t n, int64_t work, const Fn& fn) {
+  if (n < 2 || work < kTeamWork || team_threads() == 1) {
+    if (n > 0) fn(int64_t{0}, n);
+    return;
+  }
+  const auto part = [n, &fn](int t, int threads) {
+    const Range r = share(n, t, threads);
+    if (r.begin < r.end) fn(r.begin, r.end);
+  };
+  team_run(std::ref(part));  // a reference fits in std::function without an allocation
+}
+
+// 64-byte aligned memory of the calling thread, at least `bytes` long, kept until the thread ends; the contents are
+// undefined, and a later call with the same slot (0..1) may move it. Grows only, so a steady step allocates nothing.
+void* thread_scratch(int slot, size_t bytes);
+
+}  // namespace gsm

@@ -1,0 +1,83 @@
+"""From a checkpoint to a model that runs: one site at a time, in the formats asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from gossamer.formats import Packed, SiteFormat
+from gossamer.formats.dispatch import make_runner
+from gossamer.models.checkpoint import Checkpoint
+from gossamer.models.topology import Site, Topology
+from gossamer.models.transformer import Transformer
+
+__all__ = ["Choose", "Loaded", "Plan", "Progress", "load", "plan"]
+
+Choose = Callable[[Site], SiteFormat | None]
+Progress = Callable[[int, int], None]  # sites done, sites in all
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, the format of every site, and the sites that run without a fused kernel (with the reason)."""
+
+    transformer: Transformer
+    topology: Topology
+    formats: dict[str, SiteFormat]
+    packed: dict[str, Packed]
+    unfused: dict[str, str]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Packed bytes of all matrices; a tied table counts once."""
+        return sum(p.nbytes for p in self.packed.values())
+
+    @property
+    def data_bytes(self) -> int:
+        """Packed matrices, norms and biases: what a compressed folder's data section holds."""
+        return self.weight_bytes + self.topology.vector_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 x ``data_bytes`` / parameters."""
+        return 8 * self.data_bytes / self.topology.parameters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a choice of formats comes to, known before anything is converted.
+
+    ``data_bytes`` are packed matrices, norms and biases; ``bits_per_weight`` is 8 x that / parameters.
+    """
+
+    formats: dict[str, SiteFormat]
+    data_bytes: int
+    bits_per_weight: float
+
+
+def plan(checkpoint: Checkpoint, choose: Choose | None = None) -> Plan:
+    """Checks every site's format against its shape and adds up the bytes. Raises FormatError."""
+    topology = checkpoint.topology
+    formats: dict[str, SiteFormat] = {}
+    total = topology.vector_bytes
+    for site in topology.sites:
+        fmt = formats[site.name] = (choose(site) if choose else None) or checkpoint.native(site)
+        fmt.weight.check(site.rows, site.cols)
+        total += sum(field.nbytes for field in fmt.weight.fields(site.rows, site.cols).values())
+    return Plan(formats, total, 8 * total / topology.parameters)
+
+
+def load(checkpoint: Checkpoint, formats: Mapping[str, SiteFormat], progress: Progress | None = None) -> Loaded:
+    """Loads every site in its format of ``formats`` (see ``plan``)."""
+    topology = checkpoint.topology
+    packed: dict[str, Packed] = {}
+    runners = {}
+    for done, site in enumerate(topology.sites):
+        fmt = formats[site.name]
+        packed[site.name] = checkpoint.pack(site, fmt)
+        runners[site.name] = make_runner(packed[site.name], fmt, checkpoint.bias(site))
+        if progress:
+            progress(done + 1, len(topology.sites))
+    vectors = {v.name: checkpoint.vector(v) for v in topology.vectors}
+    unfused = {name: r.refused for name, r in runners.items() if r.refused is not None}
+    return Loaded(Transformer(checkpoint.config, runners, vectors), topology, dict(formats), packed, unfused)
