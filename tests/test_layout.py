@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -21,7 +22,10 @@ def test_only_the_ui_prints() -> None:
     printers = {
         p.relative_to(SOURCE).as_posix()
         for p in SOURCE.rglob("*.py")
-        if re.search(r"^\s*print\(", p.read_text(encoding="utf-8"), re.MULTILINE)
+        if any(
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+            for node in ast.walk(ast.parse(p.read_text(encoding="utf-8")))
+        )
     }
     # main.py prints errors before anything heavier than argparse is loaded.
     assert printers == {"cli/ui.py", "cli/main.py"}

@@ -142,6 +142,9 @@ nll = _kernels.nll
 divergence = _kernels.divergence
 read_bandwidth = _kernels.read_bandwidth
 probe_release = _kernels.probe_release
-if (_forced := os.environ.get("GOSSAMER_ISA")) is not None:
-    set_isa(_forced)
+if _forced := os.environ.get("GOSSAMER_ISA"):
+    try:
+        set_isa(_forced)
+    except UsageError as error:
+        raise UsageError(f"GOSSAMER_ISA is set wrongly: {error}") from None
 set_threads(default_threads())

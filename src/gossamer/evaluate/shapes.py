@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gossamer.errors import ResourceError, UsageError
-from gossamer.formats import Format, Packed, allocate, parse
+from gossamer.formats import ArraySource, Format, Packed, allocate, encode, parse
 from gossamer.formats.dispatch import make_runner
 from gossamer.formats.node import PANEL
 from gossamer.models.config import Config, Rope
@@ -22,7 +22,7 @@ __all__ = ["SHAPES", "shape_model"]
 F32 = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]  # sites done, sites in all
 
-_SAMPLE = 1 << 20  # weights that are encoded; the matrix repeats them
+_SAMPLE = 1 << 18  # weights that are encoded; a matrix repeats them
 
 
 def _config(
@@ -83,7 +83,7 @@ SHAPES: dict[str, Config] = {
 def shape_model(name: str | Config, format: str = "int4/g32", progress: Progress | None = None) -> Loaded:
     """A model of the shape ``name`` (one of SHAPES, or any Config) with random weights stored as ``format``.
 
-    Every matrix has its own memory and is filled with the encoding of about a million random weights, repeated:
+    Every matrix has its own memory and is filled with the encoding of a quarter of a million random weights, repeated:
     speed does not depend on the values. Raises UsageError for an unknown name, FormatError for an expression
     that does not parse, and ResourceError before taking memory that the machine does not have.
     """
@@ -92,12 +92,12 @@ def shape_model(name: str | Config, format: str = "int4/g32", progress: Progress
         raise UsageError(f"the shape '{name}' is not known; choose {', '.join(SHAPES)}.")
     fmt, topology = parse(format), describe(config)
     _check_memory(str(name) if isinstance(name, str) else "this shape", fmt.weight, topology.sites)
-    random = np.random.default_rng(0)
+    matrices, random = _RandomMatrices(fmt.weight), np.random.default_rng(0)
     packed, runners = {}, {}
     for done, site in enumerate(topology.sites):
-        arrays = packed[site.name] = _random_matrix(fmt.weight, site.rows, site.cols, random)
+        packed[site.name] = matrices.make(site.rows, site.cols)
         bias = random.standard_normal(site.rows, np.float32) if site.bias else None
-        runners[site.name] = make_runner(arrays, fmt, bias)
+        runners[site.name] = make_runner(packed[site.name], fmt, bias)
         if progress:
             progress(done + 1, len(topology.sites))
     vectors = {v.name: np.ones(v.size, np.float32) for v in topology.vectors}
@@ -105,25 +105,38 @@ def shape_model(name: str | Config, format: str = "int4/g32", progress: Progress
     return Loaded(Transformer(config, runners, vectors), topology, dict.fromkeys(packed, fmt), packed, unfused)
 
 
-def _random_matrix(fmt: Format, rows: int, cols: int, random: np.random.Generator) -> Packed:
-    """A sample of whole panels is encoded and its bytes repeated; the last, partial panel is encoded by itself."""
-    arrays = allocate(fmt, rows, cols)
-    whole = rows // PANEL
-    panels = min(whole, max(1, _SAMPLE // (PANEL * cols)))
-    values = random.standard_normal((max(panels, 1) * PANEL, cols), np.float32) / np.float32(math.sqrt(cols))
-    one = {key: field.used for key, field in fmt.fields(PANEL, cols).items()}
-    if any(field.used != one[key] * -(-rows // PANEL) for key, field in fmt.fields(rows, cols).items()):
-        panels = 0  # not laid out panel by panel: everything is encoded
-    if panels:
-        sample = allocate(fmt, panels * PANEL, cols)
-        fmt.encode_rows(values, sample, 0, cols)
-        for key, size in one.items():
-            for p in range(0, whole, panels):
-                count = min(panels, whole - p) * size
-                arrays[key][p * size : p * size + count] = sample[key][:count]
-    for r in range(whole * PANEL if panels else 0, rows, len(values)):
-        fmt.encode_rows(values[: rows - r], arrays, r, cols)
-    return Packed(fmt, (rows, cols), arrays)
+class _RandomMatrices:
+    """Packed random matrices. A block of whole panels is encoded once for each width, and its bytes are repeated."""
+
+    def __init__(self, fmt: Format) -> None:
+        self.format = fmt
+        self.random = np.random.default_rng(0)
+        self.blocks: dict[int, tuple[F32, Packed]] = {}
+
+    def _block(self, cols: int) -> tuple[F32, Packed]:
+        if cols not in self.blocks:
+            rows = PANEL * max(1, _SAMPLE // (PANEL * cols))
+            values = self.random.standard_normal((rows, cols), np.float32) / np.float32(math.sqrt(cols))
+            self.blocks[cols] = values, encode(self.format, ArraySource(values))
+        return self.blocks[cols]
+
+    def make(self, rows: int, cols: int) -> Packed:
+        """A matrix with memory of its own."""
+        fmt, (values, block) = self.format, self._block(cols)
+        arrays = allocate(fmt, rows, cols)
+        panel = {key: field.used for key, field in fmt.fields(PANEL, cols).items()}
+        used = {key: field.used for key, field in fmt.fields(rows, cols).items()}
+        panels = rows // PANEL
+        if used != {key: size * -(-rows // PANEL) for key, size in panel.items()}:
+            panels = 0  # not laid out panel by panel, so the matrix is encoded
+        for key, size in panel.items():
+            step = len(values) // PANEL * size
+            for start in range(0, panels * size, step):
+                count = min(step, panels * size - start)
+                arrays[key][start : start + count] = block.arrays[key][:count]
+        for r in range(panels * PANEL, rows, len(values)):  # the last, partial panel
+            fmt.encode_rows(values[: rows - r], arrays, r, cols)
+        return Packed(fmt, (rows, cols), arrays)
 
 
 def _check_memory(name: str, fmt: Format, sites: tuple[Site, ...]) -> None:

@@ -203,7 +203,7 @@ class Coded:
             return np.asarray((np.minimum(first, offset) == 0) & (np.maximum(last, offset) == top))
         # A minimum far larger than the range eats the low bits of s * c.
         s, m = self._steps(scales, offset)
-        return np.asarray((first == 0) & (last == top) & (np.abs(m) <= 64 * top * s))
+        return np.asarray((first == 0) & (last == top) & (np.abs(m) / (64 * top) <= s))
 
     def _steps(self, scales: npt.NDArray[Any], offset: npt.NDArray[Any] | None) -> tuple[F32, Any]:
         """Scales, and zero points or minima, as float32."""

@@ -15,8 +15,8 @@ F32 = npt.NDArray[np.float32]
 NUMPY: dict[str, np.dtype[Any]] = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype("<u2")}
 
 
-# The largest finite number of the two that hold less than float32 does.
-LARGEST = {"f16": np.float32(65504.0), "bf16": np.float32(2.0**128 - 2.0**120)}
+# The largest finite number of each.
+LARGEST = {"f32": np.finfo(np.float32).max, "f16": np.float32(65504.0), "bf16": np.float32(2.0**128 - 2.0**120)}
 
 
 def from_float(x: F32, name: str) -> npt.NDArray[Any]:
@@ -34,12 +34,12 @@ def from_float(x: F32, name: str) -> npt.NDArray[Any]:
 
 def next_up(x: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
     """The next larger number of the storage type of ``name``, for each finite x; the largest one stays."""
-    if name != "bf16":
-        up = np.minimum(np.nextafter(x, x.dtype.type(np.inf)), np.finfo(x.dtype).max)
-    else:  # sign and magnitude: away from zero above it, towards zero below it
-        up = np.where(x & 0x8000 == 0, x + 1, np.where(x == 0x8000, 1, x - 1))
-        up = np.where(x == 0x7F7F, x, up)
-    result: npt.NDArray[Any] = up.astype(x.dtype)
+    bits = x.view("<u4" if name == "f32" else "<u2")
+    # Sign and magnitude: away from zero above it, towards zero below it, and from either zero to the smallest.
+    sign = bits.dtype.type(1 << (8 * bits.itemsize - 1))
+    up = np.where(bits < sign, bits + 1, np.where(bits == sign, 1, bits - 1))
+    up = np.where(to_float(x, name) == LARGEST[name], bits, up)
+    result: npt.NDArray[Any] = up.astype(bits.dtype).view(x.dtype)
     return result
 
 

@@ -49,12 +49,13 @@ struct PackedWeight {
     w.code = pick(kCodes, "code", code);
     w.scale = pick(kScales, "scale", scale);
     w.offset = pick(kOffsets, "offset", offset);
-    if (rows < 1 || cols < 1 || rows > (int64_t{1} << 40) || cols > (int64_t{1} << 31))
-      throw nb::value_error("a weight needs at least one row and one column");
+    // The upper limits keep every byte count far from overflow, so that the checks of `take` hold.
+    if (rows < 1 || cols < 1 || cols > (int64_t{1} << 31) || rows > (int64_t{1} << 46) / cols)
+      throw nb::value_error("a weight needs at least one row and one column, and at most 2^46 elements");
     w.rows = rows;
     w.cols = cols;
     w.group = group;
-    if (w.coded() && (group < 8 || group % 8 || w.scale == gsm::Scale::none))
+    if (w.coded() && (group < 8 || group % 8 || group > (int64_t{1} << 31) + 8 || w.scale == gsm::Scale::none))
       throw nb::value_error("a coded weight needs a scale and a group that is a multiple of 8");
     if (!w.coded() && (w.scale != gsm::Scale::none || w.offset != gsm::Offset::symmetric))
       throw nb::value_error("a plain weight has no scale and no offset");
@@ -86,6 +87,7 @@ void linear(Rows x, const std::vector<const PackedWeight*>& weights, const std::
   std::vector<const gsm::Weight*> ws;
   std::vector<float*> ys;
   for (size_t i = 0; i < weights.size(); ++i) {
+    if (!weights[i]) throw nb::type_error("a weight is None");
     const gsm::Weight& w = weights[i]->w;
     if (static_cast<int64_t>(x.shape(1)) != w.cols)
       throw nb::value_error(("the input has " + std::to_string(x.shape(1)) + " columns, the weight " +
@@ -118,19 +120,21 @@ void decode_rows(const PackedWeight& weight, Ids ids, RowsOut out) {
 
 }  // namespace
 
+// Arrays are never converted: an output of the wrong type would be filled in a copy that nobody sees.
 void bind_linear(nb::module_& m) {
   nb::class_<PackedWeight>(m, "Weight")
       .def(nb::init<const std::string&, int64_t, int64_t, Bytes, std::optional<Bytes>, const std::string&,
                     std::optional<Bytes>, const std::string&, std::optional<Bytes>, int64_t, std::optional<Floats>>(),
-           nb::arg("code"), nb::arg("rows"), nb::arg("cols"), nb::arg("codes"), nb::arg("high").none(),
-           nb::arg("scale"), nb::arg("scales").none(), nb::arg("offset"), nb::arg("offsets").none(), nb::arg("group"),
-           nb::arg("bias").none())
+           nb::arg("code"), nb::arg("rows"), nb::arg("cols"), nb::arg("codes").noconvert(),
+           nb::arg("high").none().noconvert(), nb::arg("scale"), nb::arg("scales").none().noconvert(),
+           nb::arg("offset"), nb::arg("offsets").none().noconvert(), nb::arg("group"),
+           nb::arg("bias").none().noconvert())
       .def_prop_ro("rows", [](const PackedWeight& p) { return p.w.rows; })
       .def_prop_ro("cols", [](const PackedWeight& p) { return p.w.cols; })
       .def("refuse", [](const PackedWeight& p, const std::string& input) -> std::optional<std::string> {
         const char* why = gsm::refuse(p.w, pick(kInputs, "input format", input));
         return why ? std::optional<std::string>(why) : std::nullopt;
       });
-  m.def("linear", &linear, nb::arg("x"), nb::arg("weights"), nb::arg("outs"), nb::arg("input"));
-  m.def("decode_rows", &decode_rows, nb::arg("weight"), nb::arg("ids"), nb::arg("out"));
+  m.def("linear", &linear, nb::arg("x").noconvert(), nb::arg("weights"), nb::arg("outs").noconvert(), nb::arg("input"));
+  m.def("decode_rows", &decode_rows, nb::arg("weight"), nb::arg("ids").noconvert(), nb::arg("out").noconvert());
 }

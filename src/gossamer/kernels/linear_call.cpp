@@ -47,7 +47,8 @@ int64_t panel_bytes_offsets(const Weight& w) {
 const char* refuse(const Weight& w, Input input) {
   if (input != Input::int8_token) return nullptr;
   if (!w.coded()) return "int8 inputs need integer codes";
-  if (w.group > kMaxIntegerGroup) return "a group longer than 65536 columns could overflow the 32-bit sum";
+  if (std::min(w.group, 8 * w.blocks()) > kMaxIntegerGroup)
+    return "a group longer than 65536 columns could overflow the 32-bit sum";
   return nullptr;
 }
 
