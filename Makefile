@@ -150,4 +150,4 @@ sanitize: | $(CMAKE)  ## the kernels under AddressSanitizer and UBSan, the threa
 	$(call driver,address)
 	build/address/kernel_driver
 	$(call driver,thread)
-	build/thread/kernel_driver team
+	TSAN_OPTIONS=halt_on_error=1 build/thread/kernel_driver team

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import struct
 import zlib
@@ -23,11 +22,7 @@ def test_stdlib_is_prose_and_the_same_each_time():
     assert found.text.isascii()
     assert found.sha256 == hashlib.sha256(found.text.encode()).hexdigest()
     assert "Python 3." in found.description
-    assert "Parse command line options into variables" not in found.text.split("\n\n")[0]
-    # A docstring of a module that every version has, dedented.
-    assert "\nAn attempt was made to reach beyond" not in found.text
-    assert "Abstract Base Classes (ABCs) according to PEP 3119." in found.text
-    assert found.text.count("Abstract Base Classes (ABCs) according to PEP 3119.") == 1
+    assert found.text.startswith("Abstract Base Classes (ABCs) according to PEP 3119.\n\n")
 
 
 def _tree(root: Path, files: dict[str, str]) -> None:
@@ -44,7 +39,7 @@ def test_stdlib_order_and_what_is_left_out(tmp_path, monkeypatch):
     _tree(
         tmp_path,
         {
-            "b.py": f'"""{doc("B")}"""\ndef f():\n    """{doc("F")}\n\n        More.\n    """\n',
+            "b.py": f'"""{doc("B")}"""\ndef f():\n    """{doc("F")}\n\n    More:\n        x\n    """\n',
             "a/__init__.py": f'"""{doc("A")}"""\nraise SystemExit("never run")\n',
             "a/z.py": f'if 1:\n    class C:\n        """{doc("C")}"""\n        async def g(self):\n            """{doc("G")}"""\n',
             "test/__init__.py": f'"""{doc("Test")}"""',
@@ -59,8 +54,7 @@ def test_stdlib_order_and_what_is_left_out(tmp_path, monkeypatch):
         },
     )
     monkeypatch.setattr(texts.sysconfig, "get_path", lambda _: str(tmp_path))
-    assert text("stdlib").text == "\n\n".join([doc("A"), doc("C"), doc("G"), doc("B"), doc("F") + "\n\n    More."])
-    assert ast.get_docstring(ast.parse((tmp_path / "b.py").read_text()))
+    assert text("stdlib").text == "\n\n".join([doc("A"), doc("C"), doc("G"), doc("B"), doc("F") + "\n\nMore:\n    x"])
 
 
 def test_stdlib_without_sources(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from gossamer.cli import ui
 from gossamer.engine.llm import LLM
 from gossamer.errors import UsageError
 from gossamer.evaluate import bench, shape_model
+from gossamer.models.load import Loaded
 
 __all__ = ["run"]
 
@@ -20,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
         ops.set_threads(args.threads)
     with ui.progress("loading", args.json) as update:
         if args.shape is not None:
-            model = shape_model(args.shape, args.format or "int4/g32", progress=update)
+            model: LLM | Loaded = shape_model(args.shape, args.format or "int4/g32", progress=update)
         else:
             model = LLM(args.model, format=args.format, progress=update)
     with ui.progress("timing", args.json) as update:
