@@ -37,7 +37,7 @@ CASES = [  # ours, llama.cpp's type
 class Peer:
     def __init__(self, python: str, model: Path, threads: int) -> None:
         self.process = subprocess.Popen(
-            [python, str(HERE / "llamacpp_worker.py"), str(model), str(threads)],
+            [python, str(HERE / "_llamacpp_worker.py"), str(model), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -48,7 +48,7 @@ class Peer:
     def _read(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit("the llama.cpp worker ended; run benchmarks/llamacpp_worker.py by hand to see why")
+            raise SystemExit("the llama.cpp worker ended; run benchmarks/_llamacpp_worker.py by hand to see why")
         return json.loads(line)
 
     def repetition(self, prefill: int, decode: int) -> dict[str, float]:
@@ -105,7 +105,7 @@ def main() -> None:
         for ours_format, kind in CASES:
             if kind not in files:
                 files[kind] = Path(folder) / f"{kind}.gguf"
-                worker = [args.peer_python, str(HERE / "llamacpp_worker.py"), "quantize"]
+                worker = [args.peer_python, str(HERE / "_llamacpp_worker.py"), "quantize"]
                 subprocess.run([*worker, str(packaged), str(files[kind]), kind], check=True, capture_output=True)
             llm = LLM("smollm2-135m", format=ours_format, keep=[("embed", "int8/g32")] if ours_format else [])
             peer = Peer(args.peer_python, files[kind], args.threads)
@@ -134,7 +134,7 @@ def main() -> None:
     )
     print("\n".join([about, *rows]))
     if args.write:
-        from tables import replace
+        from _tables import replace
 
         replace(HERE.parent / "docs" / "measurements.md", "speed-vs-llamacpp", "\n".join([about, "", *rows]))
 

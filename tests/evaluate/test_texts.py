@@ -41,7 +41,7 @@ def test_stdlib_order_and_what_is_left_out(tmp_path, monkeypatch):
         {
             "b.py": f'"""{doc("B")}"""\ndef f():\n    """{doc("F")}\n\n    More:\n        x\n    """\n',
             "a/__init__.py": f'"""{doc("A")}"""\nraise SystemExit("never run")\n',
-            "a/z.py": f'if 1:\n    class C:\n        """{doc("C")}"""\n        async def g(self):\n            """{doc("G")}"""\n',
+            "a/z.py": f'if 1:\n  class C:\n    """{doc("C")}"""\n    async def g(self):\n      """{doc("G")}"""\n',
             "test/__init__.py": f'"""{doc("Test")}"""',
             "idlelib/__init__.py": f'"""{doc("Idle")}"""',
             "site-packages/x.py": f'"""{doc("Site")}"""',

@@ -45,7 +45,9 @@ def allowed(logits, temperature, top_k, top_p, min_p):
     return out / out.sum()
 
 
-LOGITS = np.array([1.0, -0.5, 2.0, 0.3, 0.3, -3.0, 1.4, 0.0, 2.0, -1.0, 0.9, 0.2, -0.2, 1.1, 0.6, -2.0, 0.4], np.float32)
+LOGITS = np.array(
+    [1.0, -0.5, 2.0, 0.3, 0.3, -3.0, 1.4, 0.0, 2.0, -1.0, 0.9, 0.2, -0.2, 1.1, 0.6, -2.0, 0.4], np.float32
+)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,10 @@ def test_frequencies(temperature, top_k, top_p, min_p):
     want = allowed(LOGITS, temperature, top_k, top_p, min_p)
     n = 6000
     counts = np.bincount(
-        [draw(LOGITS, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=7, step=i)[0] for i in range(n)],
+        [
+            draw(LOGITS, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=7, step=i)[0]
+            for i in range(n)
+        ],
         minlength=len(LOGITS),
     )
     assert np.all(counts[want == 0] == 0)
@@ -65,6 +70,15 @@ def test_frequencies(temperature, top_k, top_p, min_p):
     chi2 = ((counts[live] - n * want[live]) ** 2 / (n * want[live])).sum()
     degrees = live.sum() - 1
     assert chi2 <= degrees + 4.5 * np.sqrt(2 * degrees) + 6  # beyond the 99.99th percentile
+
+
+def test_unfiltered_draws_over_a_large_vocabulary():
+    x = np.full(20000, -np.inf, np.float32)
+    live = [0, 4095, 4096, 9000, 19999]
+    x[live] = [0.0, 1.0, 0.5, -1.0, 0.2]
+    tokens = [draw(x, seed=9, step=i)[0] for i in range(3000)]
+    want = np.exp(log_softmax(x[live]))
+    np.testing.assert_allclose([tokens.count(i) / 3000 for i in live], want, atol=0.035)
 
 
 def test_seeds_are_independent():

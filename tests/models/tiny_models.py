@@ -139,8 +139,8 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_gguf(model: Any, arch: str, path: Path) -> Path:
-    """The model as an F32 GGUF file; keys and tensor names are those of the ``gguf`` package."""
+def write_gguf(model: Any, arch: str, path: Path, kind: str = "F32") -> Path:
+    """The model as a GGUF file with matrices of type ``kind``; keys, names and blocks are the ``gguf`` package's."""
     c = model.config
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(c.max_position_embeddings)
@@ -171,7 +171,12 @@ def write_gguf(model: Any, arch: str, path: Path) -> Path:
             array = _side_by_side(array, c.num_attention_heads)
         if arch == "llama" and ".k_proj." in name:
             array = _side_by_side(array, c.num_key_value_heads)
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), np.ascontiguousarray(array))
+        array = np.ascontiguousarray(array)
+        stored = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
+        # The writer takes the shape from the stored bytes.
+        writer.add_tensor(
+            names.get_name(name, (".weight", ".bias")), gguf.quants.quantize(array, stored), raw_dtype=stored
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

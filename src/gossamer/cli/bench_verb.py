@@ -21,7 +21,8 @@ def run(args: argparse.Namespace) -> None:
         ops.set_threads(args.threads)
     with ui.progress("loading", args.json) as update:
         if args.shape is not None:
-            model: LLM | Loaded = shape_model(args.shape, args.format or "int4/g32", progress=update)
+            fmt = "int4/g32" if args.format is None else args.format
+            model: LLM | Loaded = shape_model(args.shape, fmt, progress=update)
         else:
             model = LLM(args.model, format=args.format, progress=update)
     with ui.progress("timing", args.json) as update:

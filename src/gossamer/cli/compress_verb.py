@@ -11,29 +11,34 @@ from gossamer.cli import ui
 from gossamer.cli.options import keep_rules
 from gossamer.compress.write import compress
 from gossamer.engine.llm import chooser
+from gossamer.errors import UsageError
 from gossamer.formats import parse
 from gossamer.models.checkpoint import open_checkpoint
-from gossamer.models.load import plan
+from gossamer.models.load import Plan
 
 __all__ = ["run"]
 
 
 def run(args: argparse.Namespace) -> None:
+    if not args.output:
+        raise UsageError("--output is empty; give the name of the folder to write.")
     fmt, rules = parse(args.format), keep_rules(args.keep)
     if args.threads is not None:
         ops.set_threads(args.threads)
     checkpoint = open_checkpoint(resolve(args.model))
     choose = chooser(fmt, rules, checkpoint.topology)
-    planned = plan(checkpoint, choose)
-    if not args.json:
-        ui.note(
-            f"{checkpoint.path.name}: {ui.size(checkpoint.data_bytes)} of weights -> {ui.size(planned.data_bytes)} "
-            f"({planned.bits_per_weight:.3f} bits/weight)"
-        )
+
+    def tell(plan: Plan) -> None:
+        if not args.json:
+            ui.note(
+                f"{checkpoint.path.name}: {ui.size(checkpoint.data_bytes)} of weights -> {ui.size(plan.data_bytes)} "
+                f"({plan.bits_per_weight:.3f} bits/weight)"
+            )
+
     started = time.perf_counter()
     recipe = {"name": "rtn", "format": str(fmt), "keep": {p: str(f) for p, f in rules}}
     with ui.progress("compressing", args.json) as update:
-        done = compress(checkpoint, args.output, choose, recipe=recipe, progress=update)
+        done = compress(checkpoint, args.output, choose, recipe=recipe, before_write=tell, progress=update)
     seconds = time.perf_counter() - started
     if args.json:
         ui.print_json(

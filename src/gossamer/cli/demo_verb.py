@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 
+from gossamer.checkpoints.names import resolve
 from gossamer.cli import ui
-from gossamer.engine.llm import LLM
+from gossamer.engine.llm import LLM, chat_tokens, check_length
+from gossamer.errors import UsageError
 from gossamer.evaluate import bench, evaluate, text
-from gossamer.formats import parse_weight
+from gossamer.formats import Coded, SiteFormat, parse
+from gossamer.models.checkpoint import Checkpoint, open_checkpoint
 
 __all__ = ["run"]
+
+CONTEXT = 1024  # tokens
+ANSWER = 128  # tokens, the longest answer
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,20 @@ VARIANTS = (
 
 
 def run(args: argparse.Namespace) -> None:
+    if not args.prompt.strip():
+        raise UsageError("the prompt is empty; give a question with -p.")
+    checkpoint = open_checkpoint(resolve(args.model))
+    # A base model, which has no template, continues the text of the question.
+    tokenizer, question = checkpoint.tokenizer(), {"role": "user", "content": args.prompt}
+    prompt = tokenizer.encode(args.prompt) if tokenizer.chat_template is None else chat_tokens(tokenizer, [question])
+    context = min(CONTEXT, checkpoint.config.context)
+    check_length(prompt, context, checkpoint.config)
     passage = text("stdlib")
-    context = 1024
 
     def load(v: Variant) -> LLM:
         with ui.progress(f"loading {v.name}", args.json) as update:
             return LLM(
-                args.model,
+                checkpoint,
                 format=v.format,
                 keep=[("embed", v.embed)],
                 threads=args.threads,
@@ -46,10 +58,10 @@ def run(args: argparse.Namespace) -> None:
             )
 
     base = load(VARIANTS[0])
-    stored = {str(base.checkpoint.native(site)) for site in base.checkpoint.topology.sites if site.role != "embed"}
+    linear = {checkpoint.native(site) for site in checkpoint.topology.sites if site.role != "embed"}
     if not args.json:
-        ui.say(f"{base.checkpoint.path.name}: {base.loaded.topology.parameters / 1e6:.1f} million parameters.")
-        ui.say(_about(base, stored))
+        ui.say(f"{checkpoint.path.name}: {checkpoint.topology.parameters / 1e6:.1f} million parameters.")
+        ui.say(_about(checkpoint, linear))
         ui.say(f"Measured on: {passage.description}")
         ui.say()
     results = []
@@ -62,13 +74,12 @@ def run(args: argparse.Namespace) -> None:
         with ui.progress(f"timing {variant.name}", args.json) as update:
             speed = bench(llm, name=variant.name, decode=64, repetitions=3, progress=update)
         results.append((variant, cost, speed))
-    question = [{"role": "user", "content": args.prompt}]
     if args.json:
-        answer = llm.chat(question, max_tokens=128)
+        answer = llm.generate(prompt, max_tokens=ANSWER)
         ui.print_json(
             {
-                "model": base.checkpoint.path.name,
-                "stored_as": sorted(stored),
+                "model": checkpoint.path.name,
+                "stored_as": sorted(map(str, linear)),
                 "variants": [
                     {"name": v.name, "format": v.format, "embed": v.embed, "quality": c.to_json(), "speed": s.to_json()}
                     for v, c, s in results
@@ -99,23 +110,27 @@ def run(args: argparse.Namespace) -> None:
     ui.say()
     ui.say(results[0][1].protocol)
     if VARIANTS[-1].embed != VARIANTS[-1].format:
-        ui.say(f"The {VARIANTS[-1].name} row keeps the embedding and head in {VARIANTS[-1].embed}.")
+        table = "the embedding, which is the head too," if checkpoint.topology.tied else "the embedding"
+        ui.say(f"The {VARIANTS[-1].name} row keeps {table} in {VARIANTS[-1].embed}.")
     ui.say()
     ui.say(f"> {args.prompt}")
-    for piece in llm.stream_chat(question, max_tokens=128):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    for piece in llm.stream(prompt, max_tokens=ANSWER):
+        ui.write(piece)
     ui.say()
     ui.note(f"[{VARIANTS[-1].name}, {len(llm.last.tokens)} tokens at {llm.last.decode_tps:.0f} tok/s]")
 
 
-def _about(base: LLM, stored: set[str]) -> str:
-    """What the shipped file itself is: re-quantizing an already quantized model flatters the formats it lies on."""
-    coded = sorted(fmt for fmt in stored if parse_weight(fmt.partition("@")[0]).integer)
-    size = ui.size(base.checkpoint.data_bytes)
+def _about(checkpoint: Checkpoint, linear: set[SiteFormat]) -> str:
+    """What the shipped file itself is: re-quantizing an already quantized model flatters the grids it lies on."""
+    coded = {fmt.weight for fmt in linear if isinstance(fmt.weight, Coded)}
+    size = ui.size(checkpoint.data_bytes)
     if not coded:
         return f"The file holds {size} of float weights."
+    bits = " and ".join(str(b) for b in sorted({weight.number.bits for weight in coded}))
+    grids = ", ".join(sorted(map(str, coded)))
+    shared = [v.name for v in VARIANTS if parse(v.format).weight in coded]
+    rows = f"so {' and '.join(shared)} below look better than they are" if shared else "so the rows below use others"
     return (
-        f"The shipped file is itself quantized ({size}, linear layers in {', '.join(coded)}): the base below is that file "
-        "dequantized, and formats on the same grid would look lossless, so the rows below use others."
+        f"The shipped file is itself quantized to {bits} bits ({size}, linear layers in {grids}): the base below is "
+        f"that file dequantized. Its weights lie on that grid, where the same format loses nothing, {rows}."
     )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from gossamer.checkpoints.names import resolve
 from gossamer.cli import ui
 from gossamer.engine.llm import LLM
+from gossamer.errors import UsageError
 from gossamer.evaluate import evaluate, text
+from gossamer.models.checkpoint import open_checkpoint
 
 __all__ = ["run"]
 
@@ -15,13 +18,16 @@ def run(args: argparse.Namespace) -> None:
     passage = text(args.text)
 
     def load(model: str, fmt: str | None) -> LLM:
+        checkpoint = open_checkpoint(resolve(model))
+        limit = checkpoint.config.context
+        if args.window > limit:
+            raise UsageError(f"--window {args.window} is too long: {model} was made for up to {limit} tokens.")
         with ui.progress(f"loading {model}", args.json) as update:
-            return LLM(model, format=fmt, kv=args.kv, threads=args.threads, context=args.window, progress=update)
+            return LLM(checkpoint, format=fmt, kv=args.kv, threads=args.threads, context=args.window, progress=update)
 
     candidate = load(args.model, args.format)
-    if args.against_format is not None and args.against is None:
-        args.against = args.model
-    base = load(args.against, args.against_format) if args.against is not None else None
+    against = args.model if args.against is None and args.against_format is not None else args.against
+    base = load(against, args.against_format) if against is not None else None
     with ui.progress("measuring", args.json) as update:
         result = evaluate(
             candidate,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from gossamer.checkpoints.names import resolve
 from gossamer.cli import ui
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     ui.say(f"  {tokenizer.vocab_size:,} tokens, ends a turn: {ends}, adds BOS: {'yes' if tokenizer.add_bos else 'no'}")
     template = tokenizer.chat_template
     ui.say(f"  chat template: {'none (use --raw)' if template is None else f'{len(template)} characters'}")
-    for key, value in checkpoint.provenance().items():
+    for key, value in _flat(checkpoint.provenance()):
         ui.say(f"  {key}: {value}")
     ui.say()
     rows = [[kind, runs, str(n), f"{sizes[kind, runs]:,}"] for (kind, runs), n in kinds.items()]
@@ -81,3 +83,12 @@ def run(args: argparse.Namespace) -> None:
             [[t.name, t.type, t.runs_as, "x".join(map(str, t.shape)), f"{t.nbytes:,}"] for t in tensors],
             left=3,
         )
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested entries as ``outer.inner``."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

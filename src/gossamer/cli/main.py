@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from gossamer.cli import ui
 from gossamer.errors import GossamerError
 
 __all__ = ["main"]
@@ -19,8 +19,23 @@ FORMAT_HELP = 'a format expression such as "int4/g32", "int8/row @ int8/token" o
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"gossamer: {message}; see '{self.prog} --help'.", file=sys.stderr)
+        _complain(f"{message}; see '{self.prog} --help'.")
         raise SystemExit(2)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """Reads an option that counts something, so that one out of range is refused before anything is loaded."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least {least}")
+        return value
+
+    return read
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=MODEL_HELP)
 
     def threads(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--threads", type=int, metavar="N", help="threads (default: what affinity and quota allow)")
+        p.add_argument(
+            "--threads", type=_at_least(1), metavar="N", help="threads (default: what affinity and quota allow)"
+        )
 
     def as_json(p: argparse.ArgumentParser) -> None:
         p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -54,7 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         "-p", "--prompt", default="What is the capital of France?", help="the question (default: %(default)s)"
     )
     p.add_argument(
-        "--tokens", type=int, default=4096, metavar="N", help="tokens of text to measure on (default: %(default)s)"
+        "--tokens",
+        type=_at_least(2),
+        default=4096,
+        metavar="N",
+        help="tokens of text to measure on (default: %(default)s)",
     )
     threads(p)
     as_json(p)
@@ -65,39 +86,66 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--system", metavar="TEXT", help="a system message before the conversation")
     p.add_argument("--raw", action="store_true", help="continue the prompt as plain text, without the chat template")
     p.add_argument("--format", metavar="EXPR", help=f"run in this format instead of the file's own: {FORMAT_HELP}")
-    p.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest answer (default: %(default)s)")
+    p.add_argument(
+        "--max-tokens", type=_at_least(1), default=512, metavar="N", help="longest answer (default: %(default)s)"
+    )
     p.add_argument(
         "--temperature", type=float, metavar="T", help="0 takes the most likely token (default: the model's, else 0)"
     )
-    p.add_argument("--top-k", type=int, metavar="K", help="only the K most likely tokens; 0 is off")
     p.add_argument(
-        "--top-p", type=float, metavar="P", help="only the most likely tokens that hold this share; 1 is off"
+        "--top-k",
+        type=_at_least(0),
+        metavar="K",
+        help="only the K most likely tokens; 0 is off (default: the model's, else 0)",
     )
     p.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="only tokens at least P times as likely as the best"
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="only the most likely tokens that hold this share; 1 is off (default: the model's, else 1)",
     )
     p.add_argument(
-        "--repeat-penalty", type=float, metavar="R", help="above 1 makes recent tokens less likely; 1 is off"
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="only tokens at least P times as likely as the best (default: the model's, else 0)",
     )
-    p.add_argument("--seed", type=int, metavar="N", help="equal seeds give equal answers (default: random)")
     p.add_argument(
-        "--context", type=int, metavar="N", help="most tokens of prompt and answer (default: 4096 or the model's)"
+        "--repeat-penalty",
+        type=float,
+        metavar="R",
+        help="above 1 makes recent tokens less likely; 1 is off (default: the model's, else 1)",
     )
     p.add_argument(
-        "--kv", default="f16", metavar="EXPR", help="how keys and values are stored: f16, f32, bf16, int8/row"
+        "--seed", type=_at_least(0), metavar="N", help="equal seeds give equal answers (default: random, and printed)"
+    )
+    p.add_argument(
+        "--context",
+        type=_at_least(1),
+        metavar="N",
+        help="most tokens of prompt and answer (default: 4096, or the model's own when that is less)",
+    )
+    p.add_argument(
+        "--kv",
+        default="f16",
+        metavar="EXPR",
+        help="how keys and values are stored: f16, f32, bf16 or int8/row (default: %(default)s)",
     )
     threads(p)
 
     p = verb("compress", "Store a model in another format.")
     model(p)
-    p.add_argument("-o", "--output", required=True, metavar="DIR", help="the folder to write; it must not exist")
+    p.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="the folder to write; it must not exist, or be empty"
+    )
     p.add_argument("--format", required=True, metavar="EXPR", help=FORMAT_HELP)
     p.add_argument(
         "--keep",
         action="append",
         default=[],
         metavar="PATTERN=EXPR",
-        help="another format for sites whose name or role matches, e.g. 'embed=int8/g32' or '*down_proj=bf16'",
+        help="another format for sites whose name or role matches, e.g. 'embed=int8/g32' or '*down_proj=bf16'; "
+        "may be given several times, and the first that matches counts",
     )
     threads(p)
     as_json(p)
@@ -106,17 +154,27 @@ def _parser() -> argparse.ArgumentParser:
     model(p)
     p.add_argument("--against", metavar="BASE", help="measure the divergence from this model as well")
     p.add_argument("--format", metavar="EXPR", help=f"run in this format instead of the file's own: {FORMAT_HELP}")
-    p.add_argument("--against-format", metavar="EXPR", help="the same for the base")
+    p.add_argument(
+        "--against-format", metavar="EXPR", help="the same for the base, which is MODEL itself without --against"
+    )
     p.add_argument(
         "--text", default="stdlib", metavar="FILE|NAME", help="a UTF-8 file or a known text (default: %(default)s)"
     )
-    p.add_argument("--tokens", type=int, default=8192, metavar="N", help="tokens read (default: %(default)s)")
-    p.add_argument("--window", type=int, default=512, metavar="N", help="tokens per window (default: %(default)s)")
+    p.add_argument("--tokens", type=_at_least(2), default=8192, metavar="N", help="tokens read (default: %(default)s)")
     p.add_argument(
-        "--score", choices=("second-half", "all"), default="second-half", help="which tokens of a window count"
+        "--window", type=_at_least(2), default=512, metavar="N", help="tokens per window (default: %(default)s)"
     )
     p.add_argument(
-        "--kv", default="f16", metavar="EXPR", help="how keys and values are stored: f16, f32, bf16, int8/row"
+        "--score",
+        choices=("second-half", "all"),
+        default="second-half",
+        help="which tokens of a window count (default: %(default)s)",
+    )
+    p.add_argument(
+        "--kv",
+        default="f16",
+        metavar="EXPR",
+        help="how keys and values are stored: f16, f32, bf16 or int8/row (default: %(default)s)",
     )
     threads(p)
     as_json(p)
@@ -124,10 +182,18 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("bench", "Measure speed, and the share of the memory bandwidth it reaches.")
     model(p, optional=True)
     p.add_argument(
-        "--shape", metavar="NAME", help="random weights of a known shape instead of a model, e.g. llama-3.2-1b"
+        "--shape",
+        metavar="NAME",
+        help="random weights of a known shape instead of a model, e.g. llama-3.2-1b or llama-3-8b",
     )
-    p.add_argument("--format", metavar="EXPR", help=FORMAT_HELP)
-    p.add_argument("--repetitions", type=int, default=5, metavar="N", help="repetitions (default: %(default)s)")
+    p.add_argument(
+        "--format",
+        metavar="EXPR",
+        help=f"run in this format: {FORMAT_HELP} (default: the file's own; int4/g32 for --shape)",
+    )
+    p.add_argument(
+        "--repetitions", type=_at_least(1), default=5, metavar="N", help="repetitions (default: %(default)s)"
+    )
     threads(p)
     as_json(p)
 
@@ -140,25 +206,44 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0, 2 for an error that was foreseen, 130 when interrupted."""
-    args = _parser().parse_args(argv)
+    ui.prepare_streams()
     try:
+        args = _parse(argv)
         # `eval` and `compress` are taken as module names elsewhere, so verbs live in modules of their own.
-        module = importlib.import_module(f"gossamer.cli.{args.verb}_verb")
-        code = module.run(args)
+        code = importlib.import_module(f"gossamer.cli.{args.verb}_verb").run(args)
     except GossamerError as error:
-        print(f"gossamer: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2
     except KeyboardInterrupt:
-        print("gossamer: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
     except BrokenPipeError:
-        # The reader (head, less) has gone: what it wanted, it has.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        ui.close_output()  # the reader (head, less) has gone: what it wanted, it has
         return 0
+    except OSError as error:
+        what = error.filename if isinstance(error.filename, str) else "the output"
+        _complain(f"{what} cannot be written or read: {error.strerror or error}; free some space or use another place.")
+        ui.close_output()
+        return 2
+    except RecursionError:
+        _complain("a file of the model nests too deeply to be shown; fetch it again.")
+        return 2
     except MemoryError:
-        print("gossamer: there is not enough memory for this; choose a smaller format or --context.", file=sys.stderr)
+        _complain("there is not enough memory for this; choose a smaller format or --context.")
         return 2
     return int(code or 0)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:  # argparse itself would point to the help of the whole program, which does not list them
+        _complain(f"unrecognized arguments: {' '.join(unknown)}; see 'gossamer {args.verb} --help'.")
+        raise SystemExit(2)
+    return args
+
+
+def _complain(message: str) -> None:
+    print(f"gossamer: {ui.plain(message, lines=False)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

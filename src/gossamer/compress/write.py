@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import numpy as np
 import gossamer
 from gossamer.checkpoints.folder import publish
 from gossamer.checkpoints.safetensors import SafetensorsWriter
+from gossamer.errors import ResourceError
 from gossamer.formats.node import ALIGN
 from gossamer.models.checkpoint import LAYOUT, Checkpoint
 from gossamer.models.family import to_hf
-from gossamer.models.load import Choose, Progress, plan
+from gossamer.models.load import Choose, Plan, Progress, plan
+from gossamer.models.topology import Topology
 
 __all__ = ["Written", "compress"]
 
@@ -41,68 +44,90 @@ def compress(
     choose: Choose,
     *,
     recipe: dict[str, Any],
+    before_write: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
 ) -> Written:
     """Stores every site in the format that ``choose`` gives and publishes the folder ``out``.
+
+    ``before_write`` is told the sizes once the place is known to take them, ``progress`` the sites done and in all.
 
     Raises UsageError when ``out`` exists, ResourceError when it cannot be written, FormatError or CheckpointError
     for weights that cannot be stored; in each case nothing is left behind.
     """
     planned = plan(checkpoint, choose)
-    tokenizer = checkpoint.tokenizer()
+    documents = _documents(checkpoint, planned, recipe)
     topology, config = checkpoint.topology, checkpoint.config
     with publish(out) as folder:
-        specs: list[tuple[str, str, tuple[int, ...]]] = []
-        for site in topology.sites:
-            weight = planned.formats[site.name].weight
-            for name, field in weight.fields(site.rows, site.cols).items():
-                specs.append((f"{site.name}.{name}", field.dtype, (field.length,)))
-        # Vectors come last: their lengths may be odd, and every packed array must start on 64 bytes.
-        for site in topology.sites:
-            if site.bias:
-                specs.append((f"{site.name}.bias", "F32", (site.rows,)))
-        for vector in topology.vectors:
-            specs.append((f"{vector.name}.weight", "F32", (vector.size,)))
-        with SafetensorsWriter(folder / "model.safetensors", specs, {"format": "gossamer"}, ALIGN) as writer:
-            for done, site in enumerate(topology.sites):
-                packed = checkpoint.pack(site, planned.formats[site.name])
-                for name, array in packed.arrays.items():
-                    writer.write(f"{site.name}.{name}", array)
-                if progress:
-                    progress(done + 1, len(topology.sites))
-            for site in topology.sites:
-                bias = checkpoint.bias(site)
-                if bias is not None:
-                    writer.write(f"{site.name}.bias", bias)
-            for vector in topology.vectors:
-                gain = checkpoint.vector(vector)
-                writer.write(f"{vector.name}.weight", gain - np.float32(1) if config.norm_plus_one else gain)
-        data = writer.data_bytes
-        _json(folder / "config.json", to_hf(config))
-        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-        _json(folder / "tokenizer_config.json", tokenizer.config())
-        generation = dict(checkpoint.generation())
-        generation["eos_token_id"] = list(tokenizer.eos_ids)
-        _json(folder / "generation_config.json", generation)
-        _json(
-            folder / "gossamer.json",
-            {
-                "layout": LAYOUT,
-                "version": gossamer.__version__,
-                "recipe": recipe,
-                "formats": {name: str(fmt) for name, fmt in planned.formats.items()},
-                "cost": {"data_bytes": planned.data_bytes, "bits_per_weight": planned.bits_per_weight},
-                "source": {
-                    "file": checkpoint.path.name,
-                    "kind": checkpoint.kind,
-                    "bytes": checkpoint.total_bytes,
-                    "header_sha256": _fingerprint(checkpoint),
-                    **checkpoint.provenance(),
-                },
-            },
-        )
+        weights = folder / "model.safetensors"
+        try:
+            with SafetensorsWriter(weights, _specs(topology, planned), {"format": "gossamer"}, ALIGN) as writer:
+                if before_write:
+                    before_write(planned)
+                for done, site in enumerate(topology.sites):
+                    packed = checkpoint.pack(site, planned.formats[site.name])
+                    for name, array in packed.arrays.items():
+                        writer.write(f"{site.name}.{name}", array)
+                    if progress:
+                        progress(done + 1, len(topology.sites))
+                for site in topology.sites:
+                    bias = checkpoint.bias(site)
+                    if bias is not None:
+                        writer.write(f"{site.name}.bias", bias)
+                for vector in topology.vectors:
+                    gain = checkpoint.vector(vector)
+                    writer.write(f"{vector.name}.weight", gain - np.float32(1) if config.norm_plus_one else gain)
+        except ResourceError as error:
+            # The hidden folder means nothing to a person, who asked for another.
+            raise ResourceError(str(error).replace(str(weights), str(out))) from None
+        for file, content in documents.items():
+            (folder / file).write_text(content, encoding="utf-8")
         total = sum(f.stat().st_size for f in folder.iterdir())
-    return Written(Path(out), data, total, planned.bits_per_weight)
+    return Written(Path(out), writer.data_bytes, total, planned.bits_per_weight)
+
+
+def _specs(topology: Topology, planned: Plan) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, type and shape of every array, in file order."""
+    specs: list[tuple[str, str, tuple[int, ...]]] = []
+    for site in topology.sites:
+        weight = planned.formats[site.name].weight
+        for name, field in weight.fields(site.rows, site.cols).items():
+            specs.append((f"{site.name}.{name}", field.dtype, (field.length,)))
+    # Vectors come last: their lengths may be odd, and every packed array must start on 64 bytes.
+    for site in topology.sites:
+        if site.bias:
+            specs.append((f"{site.name}.bias", "F32", (site.rows,)))
+    for vector in topology.vectors:
+        specs.append((f"{vector.name}.weight", "F32", (vector.size,)))
+    return specs
+
+
+def _documents(checkpoint: Checkpoint, planned: Plan, recipe: dict[str, Any]) -> dict[str, str]:
+    """The files beside the weights, made before any weight is: what cannot be said is refused at once."""
+    tokenizer = checkpoint.tokenizer()
+    generation = dict(checkpoint.generation())
+    if tokenizer.eos_ids:
+        generation["eos_token_id"] = list(tokenizer.eos_ids)
+    ledger = {
+        "layout": LAYOUT,
+        "version": gossamer.__version__,
+        "recipe": recipe,
+        "formats": {name: str(fmt) for name, fmt in planned.formats.items()},
+        "cost": {"data_bytes": planned.data_bytes, "bits_per_weight": planned.bits_per_weight},
+        "source": {
+            "file": checkpoint.path.name,
+            "kind": checkpoint.kind,
+            "bytes": checkpoint.total_bytes,
+            "header_sha256": _fingerprint(checkpoint),
+            **checkpoint.provenance(),
+        },
+    }
+    return {
+        "config.json": _json(to_hf(checkpoint.config)),
+        "tokenizer.json": tokenizer.to_json(),
+        "tokenizer_config.json": _json(tokenizer.config()),
+        "generation_config.json": _json(generation),
+        "gossamer.json": _json(ledger),
+    }
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
@@ -113,5 +138,5 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def _json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,15 @@ from gossamer.engine.kv import Sequence as KVSequence
 from gossamer.errors import ResourceError, UsageError
 from gossamer.formats import SiteFormat, parse
 from gossamer.models.checkpoint import Checkpoint, open_checkpoint
+from gossamer.models.config import Config
 from gossamer.models.load import Choose, Loaded, Progress, load, plan
 from gossamer.models.topology import Site, Topology
 from gossamer.models.transformer import MAX_TOKENS
 
-__all__ = ["LLM", "Completion", "Need", "Sampling", "available_memory", "chooser"]
+if TYPE_CHECKING:
+    from gossamer.checkpoints.tokenizer import Tokenizer
+
+__all__ = ["LLM", "Completion", "Need", "Sampling", "available_memory", "chat_tokens", "check_length", "chooser"]
 
 F32 = npt.NDArray[np.float32]
 Messages = Sequence[dict[str, Any]]
@@ -145,10 +149,33 @@ def available_memory() -> int | None:
             limit = file.read().strip()
         if limit != "max":
             with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
-                found.append(int(limit) - int(file.read()))
-    except (OSError, ValueError, IndexError):
+                used = int(file.read())
+            with open("/sys/fs/cgroup/memory.stat", encoding="ascii") as file:
+                parts = dict(line.split() for line in file)
+            # Files that were read count as used, the model's own among them, but are given up when memory is short.
+            used -= int(parts["active_file"]) + int(parts["inactive_file"])
+            found.append(int(limit) - used)
+    except (OSError, ValueError, IndexError, KeyError):
         pass
     return min(found) if found else None
+
+
+def chat_tokens(tokenizer: Tokenizer, messages: Messages) -> list[int]:
+    """The tokens of a conversation in the tokenizer's template. Raises UsageError when it has none or refuses."""
+    from gossamer.checkpoints.chat import render
+
+    eos = tokenizer.token_text(tokenizer.eos_ids[0]) if tokenizer.eos_ids else ""
+    bos = tokenizer.token_text(tokenizer.bos_id) if tokenizer.bos_id is not None else ""
+    return tokenizer.encode(render(tokenizer.chat_template, list(messages), bos_token=bos, eos_token=eos))
+
+
+def check_length(prompt: Sequence[int], context: int, config: Config) -> None:
+    """Raises UsageError for a prompt that leaves no room for an answer in a context of ``context`` tokens."""
+    if len(prompt) >= context:
+        raise UsageError(
+            f"the prompt has {len(prompt)} tokens and the context holds {context}; "
+            f"shorten it or raise --context (up to {config.context})."
+        )
 
 
 class LLM:
@@ -180,7 +207,7 @@ class LLM:
         before_load: Callable[[Need], None] | None = None,
     ) -> None:
         started = time.perf_counter()
-        fmt = parse(format) if format else None
+        fmt = None if format is None else parse(format)
         kept = [(pattern, parse(text)) for pattern, text in keep]
         if threads is not None:
             ops.set_threads(threads)
@@ -188,6 +215,7 @@ class LLM:
         self.config = self.checkpoint.config
         self.context = self._context(context)
         self.kv_format = kv_format(kv)
+        self.tokenizer = self.checkpoint.tokenizer()
         chosen = plan(self.checkpoint, chooser(fmt, kept, self.checkpoint.topology))
         need = Need(chosen.data_bytes, kv_bytes(self.config, self.context, self.kv_format), self.context)
         if before_load:
@@ -195,7 +223,6 @@ class LLM:
         _check_memory(need)
         self.loaded: Loaded = load(self.checkpoint, chosen.formats, progress)
         self.transformer = self.loaded.transformer
-        self.tokenizer = self.checkpoint.tokenizer()
         self.load_s = time.perf_counter() - started
         self._sequence: Any = None
         self._stored: list[int] = []  # the tokens whose keys and values the sequence holds
@@ -243,11 +270,20 @@ class LLM:
     # ------------------------------------------------------------ text
 
     def stream(
-        self, prompt: str | Sequence[int], *, max_tokens: int = 256, sampling: Sampling | None = None
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        progress: Progress | None = None,
     ) -> Iterator[str]:
-        """Yields the answer piece by piece; ``self.last`` is its Completion when the iterator ends or is closed."""
+        """Yields the answer piece by piece; ``self.last`` is its Completion, whole when the iterator has ended.
+
+        What cannot be run is refused by the call itself, before the first piece is asked for. ``progress`` is told
+        the tokens of the prompt that are computed, and how many will be.
+        """
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        return self._run(tokens, max_tokens, sampling or Sampling())
+        return self._run(tokens, max_tokens, sampling or Sampling(), progress)
 
     def generate(
         self, prompt: str | Sequence[int], *, max_tokens: int = 256, sampling: Sampling | None = None
@@ -259,13 +295,7 @@ class LLM:
 
     def chat_tokens(self, messages: Messages) -> list[int]:
         """The tokens of a conversation in the model's own template, up to where the assistant speaks."""
-        from gossamer.checkpoints.chat import render
-
-        t = self.tokenizer
-        eos = t.token_text(t.eos_ids[0]) if t.eos_ids else ""
-        bos = t.token_text(t.bos_id) if t.bos_id is not None else ""
-        text = render(t.chat_template, list(messages), bos_token=bos, eos_token=eos)
-        return t.encode(text)
+        return chat_tokens(self.tokenizer, messages)
 
     def stream_chat(
         self, messages: Messages, *, max_tokens: int = 256, sampling: Sampling | None = None
@@ -277,23 +307,29 @@ class LLM:
         """As ``generate``, for a list of {"role": ..., "content": ...}."""
         return self.generate(self.chat_tokens(messages), max_tokens=max_tokens, sampling=sampling)
 
-    def _run(self, prompt: list[int], max_tokens: int, sampling: Sampling) -> Iterator[str]:
+    def _run(self, prompt: list[int], max_tokens: int, sampling: Sampling, progress: Progress | None) -> Iterator[str]:
         if max_tokens < 1:
             raise UsageError(f"max-tokens {max_tokens} is out of range: it must be at least 1.")
-        if len(prompt) >= self.context:
-            raise UsageError(
-                f"the prompt has {len(prompt)} tokens and the context holds {self.context}; "
-                f"shorten it or raise --context (up to {self.config.context})."
-            )
+        check_length(prompt, self.context, self.config)
         self._checked(prompt)
-        result = self.last = Completion(prompt_tokens=len(prompt))
+        self.last = Completion(prompt_tokens=len(prompt))
+        return self._pieces(prompt, max_tokens, sampling, progress, self.last)
+
+    def _pieces(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        sampling: Sampling,
+        progress: Progress | None,
+        result: Completion,
+    ) -> Iterator[str]:
         if self._sequence is None:
             self._sequence = self.new_sequence(self.context)
         shared = _common_prefix(self._stored, prompt[:-1])
         self._sequence.truncate(shared)
         self._stored = self._stored[:shared]
         started = time.perf_counter()
-        *_, hidden = self._advance(prompt[shared:])  # at least the last prompt token is always computed
+        *_, hidden = self._advance(prompt[shared:], progress)  # at least the last prompt token is always computed
         result.computed_tokens = len(prompt) - shared
         text = self.tokenizer.stream()
         history = list(prompt)
@@ -328,11 +364,13 @@ class LLM:
             result.finish = "cancelled"
             raise
 
-    def _advance(self, tokens: list[int]) -> Iterator[F32]:
+    def _advance(self, tokens: list[int], progress: Progress | None = None) -> Iterator[F32]:
         done = 0
         for hidden in self.hidden(tokens, self._sequence):
             self._stored += tokens[done : done + len(hidden)]
             done += len(hidden)
+            if progress:
+                progress(done, len(tokens))
             yield hidden
 
     def _sample(self, logits: F32, history: list[int], s: Sampling, step: int) -> int:

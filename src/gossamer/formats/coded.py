@@ -177,13 +177,13 @@ class Coded:
 
     def _store_scale(self, s: npt.NDArray[np.float64], limit: Any) -> npt.NDArray[Any]:
         """Scales in their storage type, so that no value overflows float32 (``limit``), and zero without a sign."""
+        limit = limit * (1 - 2.0**-8)  # room for rounding up
+        s = np.clip(s, -limit, limit)
         if self.scale == "f32" and not self.number.signed:
             # With 16 significant bits s * (c - z) is exact, so that the range of the values gives the scale back.
             mantissa, exponent = np.frexp(s)
             s = np.ldexp(np.rint(mantissa * 65536) / 65536, exponent)
-        # The limit leaves room for rounding up.
-        limit = limit * (1 - 2.0**-8)
-        scales = halves.from_float(np.clip(s, -limit, limit).astype(np.float32), self.scale)
+        scales = halves.from_float(s.astype(np.float32), self.scale)
         scales[halves.to_float(scales, self.scale) == 0] = 0
         return scales
 

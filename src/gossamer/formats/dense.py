@@ -74,7 +74,7 @@ class Dense:
     def decode_rows(self, arrays: Mapping[str, npt.NDArray[Any]], rows: int, cols: int, r0: int, r1: int) -> F32:
         p0, p1 = r0 // PANEL, (r1 + PANEL - 1) // PANEL
         grid = self._grid(arrays["values"], p0, p1, cols)
-        flat = halves.to_float(np.ascontiguousarray(grid), self.number).reshape((p1 - p0) * PANEL, -1)
+        flat = halves.to_float(np.ascontiguousarray(grid), self.number).reshape((p1 - p0) * PANEL, self._columns(cols))
         return np.ascontiguousarray(flat[r0 - p0 * PANEL : r1 - p0 * PANEL, :cols])
 
     def kernel(self, arrays: Mapping[str, npt.NDArray[Any]], rows: int, cols: int) -> Kernel | None:

@@ -51,9 +51,9 @@ class SiteFormat:
 
 def _quote(text: str) -> str:
     """Text that a person typed, fit for a one-line message: short, on one line, without control characters."""
-    flat = " ".join(text.split())
-    short = flat if len(flat) <= 60 else flat[:57] + "..."
-    return "'" + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in short) + "'"
+    flat = " ".join(text.split())[:61]
+    safe = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in flat)
+    return f"'{safe}'" if len(safe) <= 60 else f"'{safe[:57]}...'"
 
 
 def _suggest(word: str, known: list[str]) -> str:

@@ -47,4 +47,5 @@ def to_float(x: npt.NDArray[Any], name: str) -> F32:
     """The storage type of ``name`` to float32, exactly."""
     if name == "bf16":
         return (x.astype("<u4") << 16).view("<f4")
-    return x.astype("<f4")
+    with np.errstate(invalid="ignore"):  # a signaling NaN of a damaged file is a NaN like others
+        return x.astype("<f4")

@@ -50,8 +50,8 @@ double read_bandwidth(int64_t bytes, double seconds) {
   using Clock = std::chrono::steady_clock;
   const int64_t most = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / 2;
   if (bytes < (1 << 20) || bytes > most)
-    throw std::invalid_argument("the bandwidth probe takes from 1048576 to " + std::to_string(most) + " bytes here, not " +
-                                std::to_string(bytes));
+    throw std::invalid_argument("the bandwidth probe takes from 1048576 to " + std::to_string(most) +
+                                " bytes here, not " + std::to_string(bytes));
   if (!(seconds >= 0.0 && seconds <= 600.0))
     throw std::invalid_argument("the bandwidth probe takes from 0 to 600 seconds");
   std::lock_guard lock(g_mutex);

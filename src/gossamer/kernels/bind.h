@@ -6,14 +6,27 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace gsm {
 
 template <class T> struct Element;  // buffer format character and name
-template <> struct Element<float> { static constexpr char format = 'f'; static constexpr const char* name = "float32"; };
-template <> struct Element<double> { static constexpr char format = 'd'; static constexpr const char* name = "float64"; };
-template <> struct Element<int32_t> { static constexpr char format = 'i'; static constexpr const char* name = "int32"; };
-template <> struct Element<uint8_t> { static constexpr char format = 'B'; static constexpr const char* name = "uint8"; };
+template <> struct Element<float> {
+  static constexpr char format = 'f';
+  static constexpr const char* name = "float32";
+};
+template <> struct Element<double> {
+  static constexpr char format = 'd';
+  static constexpr const char* name = "float64";
+};
+template <> struct Element<int32_t> {
+  static constexpr char format = 'i';
+  static constexpr const char* name = "int32";
+};
+template <> struct Element<uint8_t> {
+  static constexpr char format = 'B';
+  static constexpr const char* name = "uint8";
+};
 
 [[noreturn]] inline void refuse(const std::string& sentence) { throw std::invalid_argument(sentence); }
 
@@ -61,7 +74,8 @@ class Buffer {
     bool same = static_cast<size_t>(view_.ndim) == want.size();
     for (int i = 0; same && i < view_.ndim; ++i) same = view_.shape[i] == want.begin()[i];
     if (!same)
-      refuse(name_ + " must have the shape " + shape_text(want.begin(), static_cast<int>(want.size())) + " but has " + shape());
+      refuse(name_ + " must have the shape " + shape_text(want.begin(), static_cast<int>(want.size())) + " but has " +
+             shape());
   }
 
  private:
@@ -75,7 +89,8 @@ class Array : public Buffer {
  public:
   using Value = std::remove_const_t<T>;
   Array(nanobind::handle array, const char* name) : Buffer(array, name, !std::is_const_v<T>) {
-    if (format() != Element<Value>::format) refuse(std::string(name) + " must hold " + Element<Value>::name + " values");
+    if (format() != Element<Value>::format)
+      refuse(std::string(name) + " must hold " + Element<Value>::name + " values");
   }
   T* data() const { return static_cast<T*>(Buffer::data()); }
 };

@@ -36,7 +36,8 @@ class Pool {
     pool.dim = K_.size(2);
     pool.block = K_.size(3);
     if (pool.heads < 1 || pool.dim < 1 || pool.block < 16 || pool.block % 16)
-      refuse("K must have the shape [blocks, heads, dim, block] with a block size that is a multiple of 16, not " + K_.shape());
+      refuse("K must have the shape [blocks, heads, dim, block] with a block size that is a multiple of 16, not " +
+             K_.shape());
     V_.need_shape({blocks, pool.heads, pool.block, pool.dim});
     pool.k = K_.data();
     pool.v = V_.data();
@@ -51,7 +52,8 @@ class Pool {
   float* scale(nb::handle array, const char* name, std::optional<Buffer>& keep, bool writable) {
     const bool needed = pool.type == gsm::KvType::int8;
     if (array.is_none() == needed)
-      refuse(std::string(name) + (needed ? " must be given for an int8 pool" : " must be None unless the pool holds int8"));
+      refuse(std::string(name) +
+             (needed ? " must be given for an int8 pool" : " must be None unless the pool holds int8"));
     if (!needed) return nullptr;
     keep.emplace(array, name, writable);
     if (keep->format() != 'f') refuse(std::string(name) + " must hold float32 values");
@@ -67,13 +69,14 @@ class Pool {
 void need_positions(const Array<const int32_t>& positions, int64_t least, int64_t slots) {
   for (int64_t m = 0; m < positions.count(); ++m)
     if (const int64_t p = positions.data()[m]; p < least || p >= slots)
-      refuse("positions holds " + std::to_string(p) + ", outside of the " + std::to_string(slots) + " slots of the block table");
+      refuse("positions holds " + std::to_string(p) + ", outside of the " + std::to_string(slots) +
+             " slots of the block table");
 }
 
 void need_block(const Array<const int32_t>& table, int64_t i, int64_t blocks) {
   if (const int64_t b = table.data()[i]; b < 0 || b >= blocks)
-    refuse("block_table[" + std::to_string(i) + "] is " + std::to_string(b) + ", outside of the " + std::to_string(blocks) +
-           " blocks of the pool");
+    refuse("block_table[" + std::to_string(i) + "] is " + std::to_string(b) + ", outside of the " +
+           std::to_string(blocks) + " blocks of the pool");
 }
 
 void kv_write(nb::handle k_, nb::handle v_, nb::handle positions_, nb::handle table_, nb::handle K, nb::handle V,
@@ -126,15 +129,15 @@ void attention(nb::handle q_, nb::handle positions_, nb::handle table_, nb::hand
   if (high >= 0)
     for (int64_t i = low / p.pool.block; i <= high / p.pool.block; ++i) need_block(table, i, p.blocks);
   nb::gil_scoped_release free;
-  gsm::attention({q.data(), positions.data(), table.data(), tokens, heads, p.pool, static_cast<float>(scale), window, cap,
-                  out.data(), lse ? lse->data() : nullptr});
+  gsm::attention({q.data(), positions.data(), table.data(), tokens, heads, p.pool, static_cast<float>(scale), window,
+                  cap, out.data(), lse ? lse->data() : nullptr});
 }
 
 }  // namespace
 
 void bind_attention(nb::module_& m) {
-  m.def("kv_write", &kv_write, "k"_a, "v"_a, "positions"_a, "block_table"_a, "K"_a, "V"_a, "k_scale"_a.none() = nb::none(),
-        "v_scale"_a.none() = nb::none());
-  m.def("attention", &attention, "q"_a, "positions"_a, "block_table"_a, "K"_a, "V"_a, "k_scale"_a.none(), "v_scale"_a.none(),
-        "out"_a, "lse"_a.none(), "scale"_a, "window"_a, "softcap"_a);
+  m.def("kv_write", &kv_write, "k"_a, "v"_a, "positions"_a, "block_table"_a, "K"_a, "V"_a,
+        "k_scale"_a.none() = nb::none(), "v_scale"_a.none() = nb::none());
+  m.def("attention", &attention, "q"_a, "positions"_a, "block_table"_a, "K"_a, "V"_a, "k_scale"_a.none(),
+        "v_scale"_a.none(), "out"_a, "lse"_a.none(), "scale"_a, "window"_a, "softcap"_a);
 }

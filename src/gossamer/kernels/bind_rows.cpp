@@ -80,8 +80,8 @@ void softcap(nb::handle x_, double cap) {
 void need_ids(const Array<const int32_t>& ids, int64_t vocab) {
   for (int64_t i = 0; i < ids.count(); ++i)
     if (ids.data()[i] < 0 || ids.data()[i] >= vocab)
-      refuse(ids.name() + " holds the token " + std::to_string(ids.data()[i]) + ", outside of the " + std::to_string(vocab) +
-             " of the vocabulary");
+      refuse(ids.name() + " holds the token " + std::to_string(ids.data()[i]) + ", outside of the " +
+             std::to_string(vocab) + " of the vocabulary");
 }
 
 nb::tuple sample(nb::handle logits_, nb::handle recent_, double temperature, int64_t top_k, double top_p, double min_p,
@@ -97,7 +97,8 @@ nb::tuple sample(nb::handle logits_, nb::handle recent_, double temperature, int
   how.temperature = static_cast<float>(temperature);
   how.repeat_penalty = static_cast<float>(repeat_penalty);
   if (!(temperature >= 0.0) || std::isinf(how.temperature)) refuse("temperature must be finite and at least 0");
-  if (!(how.repeat_penalty > 0.0f) || std::isinf(how.repeat_penalty)) refuse("repeat_penalty must be finite and above 0");
+  if (!(how.repeat_penalty > 0.0f) || std::isinf(how.repeat_penalty))
+    refuse("repeat_penalty must be finite and above 0");
   if (top_k < 0) refuse("top_k must be at least 0 (0 keeps every token)");
   if (!(top_p > 0.0 && top_p <= 1.0)) refuse("top_p must be above 0 and at most 1");
   if (!(min_p >= 0.0 && min_p <= 1.0)) refuse("min_p must lie between 0 and 1");
@@ -115,7 +116,8 @@ nb::tuple sample(nb::handle logits_, nb::handle recent_, double temperature, int
 }
 
 void need_vocab(const gsm::Buffer& logits) {
-  if (logits.size(1) < 1 || logits.size(1) > INT32_MAX) refuse(logits.name() + " must have from 1 to 2147483647 columns");
+  if (logits.size(1) < 1 || logits.size(1) > INT32_MAX)
+    refuse(logits.name() + " must have from 1 to 2147483647 columns");
 }
 
 void nll(nb::handle logits_, nb::handle targets_, nb::handle out_) {

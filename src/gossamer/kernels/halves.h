@@ -1,4 +1,5 @@
-// The two 16-bit float types as storage, with exact scalar conversions (round to nearest even).
+// The two 16-bit float types as storage, with exact scalar conversions (round to nearest even). Static, because files
+// are compiled for different instruction sets: a shared inline function could be taken from the wrong one.
 #pragma once
 #include <bit>
 #include <cstdint>
@@ -8,9 +9,9 @@ namespace gsm {
 struct f16 { uint16_t bits; };
 struct bf16 { uint16_t bits; };
 
-inline float to_f32(bf16 h) { return std::bit_cast<float>(static_cast<uint32_t>(h.bits) << 16); }
+static inline float to_f32(bf16 h) { return std::bit_cast<float>(static_cast<uint32_t>(h.bits) << 16); }
 
-inline float to_f32(f16 h) {
+static inline float to_f32(f16 h) {
   const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000) << 16;
   const uint32_t rest = h.bits & 0x7FFF;
   if (rest >= 0x7C00) return std::bit_cast<float>(sign | 0x7F800000 | (rest & 0x3FF) << 13);  // inf, NaN
@@ -21,13 +22,13 @@ inline float to_f32(f16 h) {
   return std::bit_cast<float>(sign | ((rest << 13) + 0x38000000));
 }
 
-inline bf16 to_bf16(float x) {
+static inline bf16 to_bf16(float x) {
   const uint32_t u = std::bit_cast<uint32_t>(x);
   if ((u & 0x7FFFFFFF) > 0x7F800000) return {static_cast<uint16_t>(u >> 16 | 0x40)};  // quiet NaN
   return {static_cast<uint16_t>((u + 0x7FFF + (u >> 16 & 1)) >> 16)};
 }
 
-inline f16 to_f16(float x) {
+static inline f16 to_f16(float x) {
   const uint32_t u = std::bit_cast<uint32_t>(x);
   const uint16_t sign = static_cast<uint16_t>(u >> 16 & 0x8000);
   const uint32_t a = u & 0x7FFFFFFF;
@@ -40,6 +41,6 @@ inline f16 to_f16(float x) {
   return {static_cast<uint16_t>(sign | ((a - 0x38000000 + 0xFFF + (a >> 13 & 1)) >> 13))};
 }
 
-inline float round_to_bf16(float x) { return to_f32(to_bf16(x)); }
+static inline float round_to_bf16(float x) { return to_f32(to_bf16(x)); }
 
 }  // namespace gsm

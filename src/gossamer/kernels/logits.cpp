@@ -68,7 +68,8 @@ inline void exp_in_place(Doubles& a) {
 
 int64_t first_at_least(const float* x, int64_t n, float threshold) {
   for (int64_t i = 0; i < n; i += 16) {
-    const uint32_t mask = mask_at_least(load_first(x + i, static_cast<int>(n - i < 16 ? n - i : 16), -kInf), set1(threshold));
+    const f32x16 v = load_first(x + i, static_cast<int>(n - i < 16 ? n - i : 16), -kInf);
+    const uint32_t mask = mask_at_least(v, set1(threshold));
     if (mask) return i + __builtin_ctz(mask);
   }
   return n;  // NaN threshold

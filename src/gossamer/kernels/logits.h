@@ -16,7 +16,8 @@ GSM_DECLARE(float row_max(const float* x, int64_t n))
 GSM_DECLARE(double sum_exp(const float* x, int64_t n, double top, double factor))
 GSM_DECLARE(int64_t gather_at_least(const float* x, int64_t n, float threshold, int32_t first, Candidate* out))
 GSM_DECLARE(void nll(const float* logits, const int32_t* targets, double* out, int64_t rows, int64_t vocab))
-GSM_DECLARE(void divergence(const float* base, const float* other, double* kl, uint8_t* same_top, int64_t rows, int64_t vocab))
+GSM_DECLARE(void divergence(const float* base, const float* other, double* kl, uint8_t* same_top, int64_t rows,
+                            int64_t vocab))
 
 // The largest element; NaN if there is any NaN.
 inline float row_max(const float* x, int64_t n) { GSM_DISPATCH(row_max(x, n)) }
@@ -32,7 +33,8 @@ inline void nll(const float* logits, const int32_t* targets, double* out, int64_
 }
 // KL(base || other) in nats for each row, and whether both rows have their largest element at the same index
 // (the lowest on ties; false when a row holds NaN).
-inline void divergence(const float* base, const float* other, double* kl, uint8_t* same_top, int64_t rows, int64_t vocab) {
+inline void divergence(const float* base, const float* other, double* kl, uint8_t* same_top, int64_t rows,
+                       int64_t vocab) {
   GSM_DISPATCH(divergence(base, other, kl, same_top, rows, vocab))
 }
 

@@ -10,7 +10,8 @@ namespace gsm {
 enum class Gate { silu, gelu_tanh, gelu };
 
 GSM_DECLARE(void rmsnorm(const float* x, const float* gain, float eps, float* out, int64_t rows, int64_t width))
-GSM_DECLARE(void rope(float* x, const float* cos, const float* sin, int64_t rows, int64_t heads, int64_t dim, int64_t half))
+GSM_DECLARE(void rope(float* x, const float* cos, const float* sin, int64_t rows, int64_t heads, int64_t dim,
+                      int64_t half))
 GSM_DECLARE(void gated(Gate kind, const float* gate, const float* up, float* out, int64_t n))
 GSM_DECLARE(void add(float* x, const float* y, int64_t n))
 GSM_DECLARE(void scale(float* x, float s, int64_t n))

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <string>
 
 #include "logits.h"
 #include "team.h"
@@ -15,7 +16,9 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // The total order behind every filter: larger values first, the lower index first among equals.
-bool better(const Candidate& a, const Candidate& b) { return a.value > b.value || (a.value == b.value && a.index < b.index); }
+bool better(const Candidate& a, const Candidate& b) {
+  return a.value > b.value || (a.value == b.value && a.index < b.index);
+}
 
 uint64_t mix(uint64_t x) {  // the finaliser of SplitMix64 (Steele, Lea & Flood 2014)
   x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
@@ -33,7 +36,12 @@ class Draw {
  public:
   Draw(const float* x, int64_t vocab, float top, double factor)
       : x_(x), vocab_(vocab), top_(top), factor_(factor),
-        pool_(static_cast<Candidate*>(thread_scratch(0, static_cast<size_t>(vocab) * sizeof(Candidate)))) {}
+        pool_(static_cast<Candidate*>(thread_scratch(0, static_cast<size_t>(vocab) * sizeof(Candidate)))) {
+    for (int64_t at = 0; at < vocab_; at += kChunk) total_ += chunk_mass(at);
+  }
+
+  // Natural log of the candidate's share of the whole vocabulary.
+  double logprob(const Candidate& token) const { return log_weight(token.value) - std::log(total_); }
 
   Candidate token(const Sampling& how) {
     const bool by_rank = how.top_k > 0 && how.top_k < vocab_;
@@ -43,14 +51,18 @@ class Draw {
       if (by_rank) {
         cut = keep_mass(how.top_k, how.top_p * mass(0, how.top_k));
       } else {
-        const double need = how.top_p * sum_exp(x_, vocab_, top_, factor_);
+        const double need = how.top_p * total_;
         cut = keep_mass(gather_mass(need), need);
       }
     }
-    return pick(cut, how);
+    return cut.value == -kInf && how.min_p == 0.0 ? pick_any(how) : pick(cut, how);
   }
 
  private:
+  static constexpr int64_t kChunk = 4096;
+
+  double chunk_mass(int64_t at) const { return sum_exp(x_ + at, std::min(kChunk, vocab_ - at), top_, factor_); }
+
   double log_weight(float value) const { return (static_cast<double>(value) - top_) * factor_; }
 
   double mass(int64_t begin, int64_t end) const {
@@ -62,11 +74,11 @@ class Draw {
   // Leaves the k best candidates in the pool and returns the worst of them. The vocabulary passes in chunks, each
   // filtered by the k-th best so far, so few elements are ever moved.
   Candidate keep_largest(int64_t k) {
-    constexpr int64_t kChunk = 4096;
     float threshold = -kInf;
     int64_t held = 0;
     for (int64_t at = 0; at < vocab_; at += kChunk) {
-      held += gather_at_least(x_ + at, std::min(kChunk, vocab_ - at), threshold, static_cast<int32_t>(at), pool_ + held);
+      const int64_t length = std::min(kChunk, vocab_ - at);
+      held += gather_at_least(x_ + at, length, threshold, static_cast<int32_t>(at), pool_ + held);
       if (held > k && (held > k + k / 2 + 64 || at + kChunk >= vocab_)) {
         std::nth_element(pool_, pool_ + k - 1, pool_ + held, better);
         held = k;
@@ -78,7 +90,7 @@ class Draw {
 
   // Fills the pool with enough of the best candidates to hold the mass `need`; returns how many.
   int64_t gather_mass(double need) {
-    for (const double depth : {8.0, 16.0, 32.0}) {
+    for (const double depth : {6.0, 8.0, 10.0, 12.0, 16.0, 24.0}) {
       const float threshold = static_cast<float>(top_ - depth / factor_);
       const int64_t held = gather_at_least(x_, vocab_, threshold, 0, pool_);
       if (mass(0, held) >= need) return held;
@@ -135,17 +147,44 @@ class Draw {
     return pool_[last];
   }
 
+  // Draws from the whole vocabulary: finds the chunk by its mass, then the token within it.
+  Candidate pick_any(const Sampling& how) const {
+    const double target = uniform(how.seed, how.step) * total_;
+    double reached = 0.0;
+    int64_t at = 0;
+    while (at + kChunk < vocab_) {
+      const double next = reached + chunk_mass(at);
+      if (next > target) break;
+      reached = next;
+      at += kChunk;
+    }
+    int64_t last = -1;
+    for (int64_t i = at; i < vocab_; ++i) {
+      const double weight = std::exp(log_weight(x_[i]));
+      if (weight <= 0.0) continue;
+      reached += weight;
+      last = i;
+      if (reached > target) break;
+    }
+    // Rounding may end the walk in a last chunk without mass: the best token then.
+    if (last < 0) last = std::max_element(x_, x_ + vocab_) - x_;
+    return {x_[last], static_cast<int32_t>(last)};
+  }
+
   const float* x_;
   const int64_t vocab_;
   const double top_, factor_;
   Candidate* const pool_;
+  double total_ = 0.0;  // mass of the whole vocabulary
 };
 
 float checked_max(const float* x, int64_t vocab) {
   const float top = row_max(x, vocab);
-  if (std::isnan(top)) throw std::runtime_error("the logits hold NaN, so no token can be drawn; check the weights and the input");
-  if (top == kInf) throw std::runtime_error("the logits hold +infinity, so no token can be drawn; check the weights and the input");
-  if (top == -kInf) throw std::runtime_error("all logits are -infinity, so no token can be drawn; allow at least one token");
+  if (std::isnan(top) || top == kInf)
+    throw std::runtime_error(std::string("the logits hold ") + (top == kInf ? "+infinity" : "NaN") +
+                             ", so no token can be drawn; check the weights and the input");
+  if (top == -kInf)
+    throw std::runtime_error("all logits are -infinity, so no token can be drawn; allow at least one token");
   return top;
 }
 
@@ -170,9 +209,9 @@ Sampled sample(const float* logits, int64_t vocab, const int32_t* recent, int64_
     return {at, static_cast<double>(logits[at]) - raw_top - std::log(sum_exp(logits, vocab, raw_top, 1.0))};
   }
   const double factor = 1.0 / static_cast<double>(how.temperature);
-  const Candidate token = Draw(x, vocab, top, factor).token(how);
-  const double logprob = (static_cast<double>(token.value) - top) * factor - std::log(sum_exp(x, vocab, top, factor));
-  return {token.index, logprob};
+  Draw draw(x, vocab, top, factor);
+  const Candidate token = draw.token(how);
+  return {token.index, draw.logprob(token)};
 }
 
 }  // namespace gsm

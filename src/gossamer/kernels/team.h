@@ -18,7 +18,7 @@ void team_run(const std::function<void(int, int)>& fn);
 struct Range {
   int64_t begin, end;
 };
-inline Range share(int64_t n, int t, int threads) { return {n * t / threads, n * (t + 1) / threads}; }
+static inline Range share(int64_t n, int t, int threads) { return {n * t / threads, n * (t + 1) / threads}; }
 
 // Below this many simple element operations (a few microseconds) a call is not worth waking the team for.
 constexpr int64_t kTeamWork = 1 << 16;

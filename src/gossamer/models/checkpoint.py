@@ -7,8 +7,9 @@ are converted one site at a time, a few thousand rows at once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from gossamer.checkpoints.gguf import LOSSLESS, GGUFFile, blocks
 from gossamer.errors import CheckpointError, FormatError, UnsupportedError
 from gossamer.formats import Coded, Packed, RowSource, SiteFormat, allocate, parse, parse_weight
 from gossamer.formats.node import PANEL, ROWS_PER_STEP, encode
-from gossamer.models.config import Config, Fields
+from gossamer.models.config import Config, Fields, shown
 from gossamer.models.family import Family, by_gguf, by_hf, gguf_name
 from gossamer.models.topology import Site, Topology, Vector, describe
 
@@ -74,8 +75,16 @@ class Checkpoint(ABC):
     def bias(self, site: Site) -> F32 | None:
         """The site's bias, float32 [rows], or None."""
 
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return self._read_tokenizer()
+
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, made once."""
+        return self._tokenizer
+
     @abstractmethod
-    def tokenizer(self) -> Tokenizer: ...
+    def _read_tokenizer(self) -> Tokenizer: ...
 
     @abstractmethod
     def tensors(self) -> Iterator[StoredTensor]:
@@ -148,7 +157,7 @@ class _Gguf(Checkpoint):
     def __init__(self, file: GGUFFile) -> None:
         self.file, self.path = file, file.path
         where = file.path.name
-        if int(file.metadata.get("split.count", 0) or 0) > 1:
+        if Fields(file.metadata, where).integer("split.count", 0) > 1:
             raise UnsupportedError(f"{where} is one part of a split GGUF; merge the parts into one file first.")
         arch = file.metadata.get("general.architecture")
         self.family = by_gguf(arch, where)
@@ -165,6 +174,13 @@ class _Gguf(Checkpoint):
         known |= {self._name(s.name, "bias") for s in self.topology.sites if s.bias}
         self._apply_rope_factors()
         _refuse_unknown(where, set(file.tensors) - known - {"rope_freqs.weight"})
+        # Everything is looked for now, not after minutes of conversion.
+        for site in self.topology.sites:
+            self._tensor(self._name(site.name), (site.rows, site.cols))
+            if site.bias:
+                self._tensor(self._name(site.name, "bias"), (site.rows,))
+        for vector in self.topology.vectors:
+            self._tensor(self._name(vector.name), (vector.size,))
 
     def _apply_rope_factors(self) -> None:
         """Llama 3.x files carry their frequency scaling as one divisor per frequency."""
@@ -241,7 +257,7 @@ class _Gguf(Checkpoint):
             bias = bias[self._order(site.rows)]
         return bias
 
-    def tokenizer(self) -> Tokenizer:
+    def _read_tokenizer(self) -> Tokenizer:
         from gossamer.checkpoints.tokenizer import Tokenizer
 
         return Tokenizer.from_gguf(self.file.metadata, self.path.name)
@@ -257,7 +273,7 @@ class _Gguf(Checkpoint):
     def provenance(self) -> dict[str, Any]:
         keys = ("name", "license", "quantized_by", "source.url", "base_model.0.name")
         found = {f"general.{key}": self.file.metadata.get(f"general.{key}") for key in keys}
-        return {key: value for key, value in found.items() if value is not None}
+        return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 # ---------------------------------------------------------------- Hugging Face folder
@@ -285,10 +301,12 @@ class _InFolder(Checkpoint):
     def __init__(self, folder: Folder) -> None:
         self.folder, self.path = folder, folder.path
         where = f"{folder.path.name}/config.json"
-        if "quantization_config" in folder.config:
-            method = folder.config["quantization_config"]
+        method = folder.config.get("quantization_config")
+        if method is not None:
             method = method.get("quant_method") if isinstance(method, dict) else method
-            raise UnsupportedError(f"{where} says that the weights are quantized by '{method}', which is not read yet.")
+            raise UnsupportedError(
+                f"{where} says that the weights are quantized by {shown(method)}, which is not read yet."
+            )
         self.family = by_hf(folder.config, where)
         self.config = self.family.from_hf(Fields(folder.config, where), self.family.name)
         self.data_bytes, self.total_bytes = folder.data_bytes, folder.total_bytes
@@ -313,7 +331,7 @@ class _InFolder(Checkpoint):
         self._check(name, (site.rows,))
         return _finite(self.folder.read(name).ravel(), self.path.name, name)
 
-    def tokenizer(self) -> Tokenizer:
+    def _read_tokenizer(self) -> Tokenizer:
         from gossamer.checkpoints.tokenizer import Tokenizer
 
         return Tokenizer.from_folder(self.path)
@@ -321,9 +339,13 @@ class _InFolder(Checkpoint):
     def generation(self) -> dict[str, Any]:
         return self.folder.generation_config or {}
 
-    def _known(self) -> set[str]:
-        names = {f"{v.name}.weight" for v in self.topology.vectors}
-        return names | {f"{s.name}.bias" for s in self.topology.sites if s.bias}
+    def _check_vectors(self) -> set[str]:
+        """The names of norms and biases, all of which are there: a gap is found before any conversion."""
+        shapes = {f"{v.name}.weight": (v.size,) for v in self.topology.vectors}
+        shapes |= {f"{s.name}.bias": (s.rows,) for s in self.topology.sites if s.bias}
+        for name, shape in shapes.items():
+            self._check(name, shape)
+        return set(shapes)
 
 
 class _HuggingFace(_InFolder):
@@ -334,7 +356,9 @@ class _HuggingFace(_InFolder):
         ignored = {n for n in folder.tensors if n.endswith("rotary_emb.inv_freq")}
         if self.config.tied:  # some files repeat the tied table
             ignored.add("lm_head.weight")
-        known = self._known() | {f"{s.name}.weight" for s in self.topology.sites}
+        for site in self.topology.sites:
+            self.native(site)
+        known = self._check_vectors() | {f"{s.name}.weight" for s in self.topology.sites}
         _refuse_unknown(self.path.name, set(folder.tensors) - known - ignored)
 
     def native(self, site: Site) -> SiteFormat:
@@ -382,12 +406,14 @@ class _PackedFolder(_InFolder):
         self.ledger = folder.gossamer
         version = self.ledger.get("layout")
         if version != LAYOUT:
-            raise UnsupportedError(f"{where} has layout version {version!r}; this release reads version {LAYOUT}.")
+            raise UnsupportedError(f"{where} has layout version {shown(version)}; this release reads version {LAYOUT}.")
         formats = self.ledger.get("formats")
         if not isinstance(formats, dict) or not all(isinstance(v, str) for v in formats.values()):
             raise CheckpointError(f"{where} has no 'formats' that map each site to an expression.")
+        if surplus := sorted(set(formats) - {s.name for s in self.topology.sites}):
+            raise CheckpointError(f"{where} gives a format for {shown(surplus[0])}, which is no site of this model.")
         self._formats: dict[str, SiteFormat] = {}
-        known = self._known()
+        known = self._check_vectors()
         for site in self.topology.sites:
             if site.name not in formats:
                 raise CheckpointError(f"{where} gives no format for the site '{site.name}'.")
@@ -395,7 +421,9 @@ class _PackedFolder(_InFolder):
                 fmt = self._formats[site.name] = parse(formats[site.name])
             except FormatError as error:
                 raise CheckpointError(f"{where}, site '{site.name}': {error}") from None
-            known |= {f"{site.name}.{field}" for field in fmt.weight.fields(site.rows, site.cols)}
+            for field, facts in fmt.weight.fields(site.rows, site.cols).items():
+                self._check(f"{site.name}.{field}", (facts.length,))
+                known.add(f"{site.name}.{field}")
         _refuse_unknown(self.path.name, set(folder.tensors) - known)
 
     def native(self, site: Site) -> SiteFormat:
@@ -404,11 +432,7 @@ class _PackedFolder(_InFolder):
     def stored(self, site: Site) -> Packed:
         """The packed arrays as they lie in the file, memory-mapped."""
         weight = self._formats[site.name].weight
-        arrays: Mapping[str, Any] = {}
-        fields = weight.fields(site.rows, site.cols)
-        for field, facts in fields.items():
-            self._check(f"{site.name}.{field}", (facts.length,))
-        arrays = {field: self.folder.raw(f"{site.name}.{field}") for field in fields}
+        arrays = {field: self.folder.raw(f"{site.name}.{field}") for field in weight.fields(site.rows, site.cols)}
         packed = Packed(weight, (site.rows, site.cols), arrays)
         try:
             packed.validate(f"{self.path.name}: {site.name}")

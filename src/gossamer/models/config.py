@@ -104,7 +104,9 @@ def check_sizes(sizes: Mapping[str, Any], where: str) -> None:
     """Refuses ``SIZES`` that no model has, before anything is made from them."""
     for name in SIZES[:-1]:
         if not 1 <= sizes[name] <= (_MOST_LAYERS if name == "layers" else _MOST):
-            raise CheckpointError(f"{where} gives {name} = {sizes[name]}, which cannot be right; check the file.")
+            raise CheckpointError(
+                f"{where} gives {name} = {shown(sizes[name])}, which cannot be right; check the file."
+            )
     heads, kv_heads, head_dim, eps = sizes["heads"], sizes["kv_heads"], sizes["head_dim"], sizes["norm_eps"]
     if heads % kv_heads:
         raise CheckpointError(
@@ -142,7 +144,7 @@ class Fields:
         """An integer of at least 1."""
         value = self.integer(key, default)
         if not 1 <= value <= _MOST:
-            raise CheckpointError(f"{self.where} has '{key}' = {value}, which must be between 1 and {_MOST}.")
+            raise CheckpointError(f"{self.where} has '{key}' = {shown(value)}, which must be between 1 and {_MOST}.")
         return value
 
     def number(self, key: str, default: Any = ...) -> float:
