@@ -214,6 +214,6 @@ def test_shape_errors(monkeypatch):
         shape_model("llama")
     with pytest.raises(FormatError, match="int5"):
         shape_model("smollm2-135m", "int5/q32")
-    monkeypatch.setattr(shapes, "_free_memory", lambda: 10**9)
+    monkeypatch.setattr(shapes, "available_memory", lambda: 10**9)
     with pytest.raises(ResourceError, match=r"llama-3-8b stored as int4/g32 needs 4\.5 GB and 1\.0 GB"):
         shape_model("llama-3-8b")

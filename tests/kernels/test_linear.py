@@ -257,8 +257,10 @@ def test_tokens_that_hold_nan_or_infinity(kind, level):
             assert np.isnan(y[[2, 4]]).all()
             continue
         # c * inf - z * inf is NaN where (c - z) * inf is infinite: with an offset all that is promised is "not finite".
+        # So it is where a byte is multiplied as two nibbles.
         assert not np.isfinite(y[[2, 4]]).any()
-        if isinstance(fmt, Dense) or fmt.number.signed:
+        nibbles = not isinstance(fmt, Dense) and fmt.number.bits == 8 and kind == "bf16" and level == "avx512bf16"
+        if isinstance(fmt, Dense) or (fmt.number.signed and not nibbles):
             assert np.array_equal(y[[2, 4]], reference(packed, x, kind)[0][[2, 4]].astype(np.float32), equal_nan=True)
 
 

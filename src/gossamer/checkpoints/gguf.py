@@ -137,6 +137,17 @@ class GGUFFile:
             out[block * elems : block * elems + len(values)] = values
         return out if len(tensor.shape) == 1 else out.reshape(stop - r0, cols)
 
+    def release(self, name: str) -> None:
+        """Let go of the tensor's mapped pages once it is converted.
+
+        They stay in the system's cache and come back when read again; they only stop counting as this process's
+        memory.
+        """
+        tensor = self._tensor(name)
+        if self._bytes is not None and hasattr(mmap, "MADV_DONTNEED"):
+            start = tensor.offset - tensor.offset % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, start, tensor.offset + tensor.nbytes - start)
+
     def close(self) -> None:
         """Release the map. Arrays from `raw` keep it alive until they are gone."""
         self._bytes = None

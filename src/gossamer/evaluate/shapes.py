@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from gossamer.engine.llm import available_memory
 from gossamer.errors import ResourceError, UsageError
 from gossamer.formats import ArraySource, Format, Packed, allocate, encode, parse
 from gossamer.formats.dispatch import make_runner
@@ -143,19 +144,10 @@ def _check_memory(name: str, fmt: Format, sites: tuple[Site, ...]) -> None:
     for site in sites:
         fmt.check(site.rows, site.cols)
     need = sum(f.nbytes for s in sites for f in fmt.fields(s.rows, s.cols).values())
-    free = _free_memory()
+    free = available_memory()
     if free is not None and need > free:
         raise ResourceError(
             f"{name} stored as {fmt} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; "
             "choose a smaller shape or format."
         )
 
-
-def _free_memory() -> int | None:
-    """Bytes that can be taken without swapping, None where the system does not tell."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            entries = dict(line.split(":", 1) for line in file)
-        return int(entries["MemAvailable"].split()[0]) * 1024
-    except (OSError, ValueError, KeyError):
-        return None

@@ -241,10 +241,20 @@ template <Code C> inline void block_floats(const uint8_t* codes, const uint8_t* 
   out[7] = byte_to_float<3>(b) - zero_point;
 }
 
-inline void group_end_float(const Weight& w, f32x16 sum, f32x16 scale, f32x16 offset, float x_sum, f32x16& total) {
-  if (has_zero_point(w)) sum = fma(-offset, set1(x_sum), sum);
-  total = fma(sum, scale, total);
-  if (has_minimum(w)) total = fma(-offset, set1(x_sum), total);
+// Joins the four chains of a group, scales the sum and adds it to the totals.
+template <int MB>
+inline void group_end(const Weight& w, const Prepared& x, int64_t m0, int64_t panel, int64_t g,
+                      const f32x16 (&chain)[MB][4], f32x16 (&total)[MB]) {
+  const int64_t groups = w.groups(), index = panel * groups + g;
+  const f32x16 scale = load_scales(w, w.scales, index);
+  const f32x16 offset = w.offset == Offset::symmetric ? zero() : load_offsets(w, w.offsets, index);
+  for (int m = 0; m < MB; ++m) {
+    f32x16 sum = (chain[m][0] + chain[m][1]) + (chain[m][2] + chain[m][3]);
+    const f32x16 x_sum = set1(w.offset == Offset::symmetric ? 0.0f : x.sums_f32[(m0 + m) * groups + g]);
+    if (has_zero_point(w)) sum = fma(-offset, x_sum, sum);
+    total[m] = fma(sum, scale, total[m]);
+    if (has_minimum(w)) total[m] = fma(-offset, x_sum, total[m]);
+  }
 }
 
 template <Code C, int MB>
@@ -268,14 +278,7 @@ void float_tile(const Weight& w, const Prepared& x, int64_t m0, int64_t panel, f
         for (int c = 0; c < 8; ++c) chain[m][c & 3] = fma(column[c], set1(xb[c]), chain[m][c & 3]);
       }
     }
-    const int64_t index = panel * groups + g;
-    const f32x16 scale = load_scales(w, w.scales, index);
-    const f32x16 offset = w.offset == Offset::symmetric ? zero() : load_offsets(w, w.offsets, index);
-    for (int m = 0; m < MB; ++m) {
-      const f32x16 sum = (chain[m][0] + chain[m][1]) + (chain[m][2] + chain[m][3]);
-      const float x_sum = w.offset == Offset::symmetric ? 0.0f : x.sums_f32[(m0 + m) * groups + g];
-      group_end_float(w, sum, scale, offset, x_sum, total[m]);
-    }
+    group_end(w, x, m0, panel, g, chain, total);
   }
   for (int m = 0; m < MB; ++m) finish(w, panel, total[m], y + (m0 + m) * w.rows);
 }
@@ -325,17 +328,50 @@ inline f32x16 dot2(f32x16 acc, __m512i w, const bf16* x) {
 }
 
 // Sixteen bf16 values twice over: vpermw reads five index bits, so the bit above a nibble does not matter.
-inline __m512i nibble_table(int zero) {
+inline __m512i nibble_table(int step, int zero) {
   alignas(64) uint16_t table[32];
-  for (int i = 0; i < 32; ++i) table[i] = to_bf16(static_cast<float>((i & 15) - zero)).bits;
+  for (int i = 0; i < 32; ++i) table[i] = to_bf16(static_cast<float>(step * (i & 15) - zero)).bits;
   return _mm512_load_si512(table);
 }
 
-template <int MB>
-void bf16_nibble_tile(const Weight& w, const Prepared& x, int64_t m0, int64_t panel, float* y) {
+// The column pairs of a block as bf16, and where in the block's prepared input (kPairOrder) each finds its partner.
+// A 16-bit lane of codes holds four nibbles; looking each up leaves a pair of columns in every 32-bit lane. A byte
+// is its two nibbles, 16 h + l, looked up apart and multiplied with the same input: bf16 has no room for both.
+template <Code C> struct Pairs;
+template <> struct Pairs<Code::u4> {
+  static constexpr int count = 4;
+  static constexpr int input[4] = {0, 2, 4, 6};
+  __m512i table;
+  explicit Pairs(int zero) : table(nibble_table(1, zero)) {}
+  void read(const uint8_t* codes, __m512i* pair) const {
+    const __m512i packed = _mm512_loadu_si512(codes);
+    pair[0] = _mm512_permutexvar_epi16(packed, table);
+    pair[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4), table);
+    pair[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 8), table);
+    pair[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 12), table);
+  }
+};
+template <> struct Pairs<Code::u8> {
+  static constexpr int count = 8;
+  static constexpr int input[8] = {0, 0, 4, 4, 2, 2, 6, 6};
+  __m512i low, high;
+  explicit Pairs(int zero) : low(nibble_table(1, 0)), high(nibble_table(16, zero)) {}
+  void read(const uint8_t* codes, __m512i* pair) const {
+    for (int half = 0; half < 2; ++half) {
+      const __m512i packed = _mm512_loadu_si512(codes + 64 * half);
+      pair[4 * half] = _mm512_permutexvar_epi16(packed, low);
+      pair[4 * half + 1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4), high);
+      pair[4 * half + 2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 8), low);
+      pair[4 * half + 3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 12), high);
+    }
+  }
+};
+
+template <Code C, int MB>
+void bf16_coded_tile(const Weight& w, const Prepared& x, int64_t m0, int64_t panel, float* y) {
   const int64_t blocks = w.blocks(), groups = w.groups(), per_group = w.group / 8;
-  const uint8_t* codes = w.codes + panel * blocks * 64;
-  const __m512i table = nibble_table(zero_code(w));
+  const uint8_t* codes = w.codes + panel * blocks * Block<C>::bytes;
+  const Pairs<C> pairs(zero_code(w));
   f32x16 total[MB];
   for (int m = 0; m < MB; ++m) total[m] = zero();
   for (int64_t g = 0; g < groups; ++g) {
@@ -344,24 +380,15 @@ void bf16_nibble_tile(const Weight& w, const Prepared& x, int64_t m0, int64_t pa
     for (int m = 0; m < MB; ++m)
       for (int c = 0; c < 4; ++c) chain[m][c] = zero();
     for (int64_t b = g * per_group; b < end; ++b) {
-      const __m512i packed = _mm512_loadu_si512(codes + b * 64);
-      const __m512i pair[4] = {_mm512_permutexvar_epi16(packed, table),
-                               _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4), table),
-                               _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 8), table),
-                               _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 12), table)};
+      __m512i pair[Pairs<C>::count];
+      pairs.read(codes + b * Block<C>::bytes, pair);
       for (int m = 0; m < MB; ++m) {
         const bf16* xb = x.pairs + (m0 + m) * x.stride + 8 * b;
-        for (int c = 0; c < 4; ++c) chain[m][c] = dot2(chain[m][c], pair[c], xb + 2 * c);
+        for (int i = 0; i < Pairs<C>::count; ++i)
+          chain[m][i & 3] = dot2(chain[m][i & 3], pair[i], xb + Pairs<C>::input[i]);
       }
     }
-    const int64_t index = panel * groups + g;
-    const f32x16 scale = load_scales(w, w.scales, index);
-    const f32x16 offset = w.offset == Offset::symmetric ? zero() : load_offsets(w, w.offsets, index);
-    for (int m = 0; m < MB; ++m) {
-      const f32x16 sum = (chain[m][0] + chain[m][1]) + (chain[m][2] + chain[m][3]);
-      const float x_sum = w.offset == Offset::symmetric ? 0.0f : x.sums_f32[(m0 + m) * groups + g];
-      group_end_float(w, sum, scale, offset, x_sum, total[m]);
-    }
+    group_end(w, x, m0, panel, g, chain, total);
   }
   for (int m = 0; m < MB; ++m) finish(w, panel, total[m], y + (m0 + m) * w.rows);
 }
@@ -419,7 +446,8 @@ template <class T> struct PlainTiles {
 
 #if defined(__AVX512BF16__)
 struct Bf16 {
-  template <int MB> struct Nibbles { static constexpr Tile run = bf16_nibble_tile<MB>; };
+  template <int MB> struct Nibbles { static constexpr Tile run = bf16_coded_tile<Code::u4, MB>; };
+  template <int MB> struct Bytes { static constexpr Tile run = bf16_coded_tile<Code::u8, MB>; };
   template <int MB> struct Values { static constexpr Tile run = bf16_plain_tile<MB>; };
 };
 #endif
@@ -432,7 +460,8 @@ Tiles choose(const Weight& w, Path path) {
   }
 #if defined(__AVX512BF16__)
   if (path == Path::bf16_dot) {
-    return w.code == Code::u4 ? tiles<Bf16::Nibbles, 4>() : tiles<Bf16::Values, 4>();
+    if (w.code == Code::u4) return tiles<Bf16::Nibbles, 4>();
+    return w.code == Code::u8 ? tiles<Bf16::Bytes, 4>() : tiles<Bf16::Values, 4>();
   }
 #endif
   switch (w.code) {
@@ -450,7 +479,7 @@ Tiles choose(const Weight& w, Path path) {
 Path linear_path(const Weight& w, Input input) {
   if (input == Input::int8_token) return w.coded() ? Path::int8_dot : Path::f32;
 #if defined(__AVX512BF16__)
-  if (input == Input::bf16 && (w.code == Code::u4 || w.code == Code::bf16)) return Path::bf16_dot;
+  if (input == Input::bf16 && (w.code == Code::u4 || w.code == Code::u8 || w.code == Code::bf16)) return Path::bf16_dot;
 #else
   (void)input;
 #endif

@@ -56,7 +56,7 @@ const char* refuse(const Weight& w, Input input);
 // The input in the forms the inner loops read. A form is computed once per call and shared by all weights.
 struct Prepared {
   const float* f32 = nullptr;         // [M][8*blocks], zero-padded; rounded to bf16 when the input format says so
-  const bf16* pairs = nullptr;        // [M][8*blocks] in the order of the 4-bit unpacking
+  const bf16* pairs = nullptr;        // [M][8*blocks] in the order in which codes unpack to pairs
   const bf16* plain = nullptr;        // [M][8*blocks] in column order
   const int8_t* int8 = nullptr;       // [M][8*blocks]
   const float* int8_scale = nullptr;  // [M]

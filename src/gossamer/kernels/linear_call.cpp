@@ -75,7 +75,7 @@ struct GroupSums {
   std::vector<float> floats;
 };
 
-// Columns of a block in the order in which 4-bit codes unpack to bf16 pairs (see bf16_nibble_tile).
+// Columns of a block in the order in which codes unpack to bf16 pairs (see Pairs in linear.cpp).
 constexpr int kPairOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
 
 // Below this many multiply-adds a call is not worth waking the team for.
@@ -97,7 +97,7 @@ void linear(const float* x, int64_t tokens, const Weight* const* weights, float*
     const Weight& w = *weights[i];
     const Path path = paths[static_cast<size_t>(i)] = path_of(w, input);
     need[static_cast<int>(path)] = true;
-    if (path == Path::bf16_dot) (w.code == Code::u4 ? need_pairs : need_plain) = true;
+    if (path == Path::bf16_dot) (w.coded() ? need_pairs : need_plain) = true;
     total_panels += w.panels();
     if (w.coded() && (path == Path::int8_dot || w.offset != Offset::symmetric)) {
       int s = 0;

@@ -230,8 +230,15 @@ class _Gguf(Checkpoint):
         rows = self._rows(site)
         kind = self.file.tensors[rows.name].type
         weight = (fmt or self.native(site)).weight
-        if not isinstance(weight, Coded) or LOSSLESS.get(kind) != str(weight):
-            return super().pack(site, fmt)
+        if isinstance(weight, Coded) and LOSSLESS.get(kind) == str(weight):
+            packed = self._move(site, rows, kind, weight)
+        else:
+            packed = super().pack(site, fmt)
+        self.file.release(rows.name)
+        return packed
+
+    def _move(self, site: Site, rows: _GgufRows, kind: str, weight: Coded) -> Packed:
+        """Codes and scales of the file's own blocks in our layout: no value is computed, so none can change."""
         arrays = allocate(weight, site.rows, site.cols)
         for r0 in range(0, site.rows, ROWS_PER_STEP):
             part = blocks(kind, rows.raw(r0, min(site.rows, r0 + ROWS_PER_STEP)))
