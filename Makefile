@@ -142,7 +142,7 @@ $(abspath $(BIN))/cmake: | $(BASE)
 define driver
 	@mkdir -p build
 	@$(CMAKE) -S . -B build/$(1) -DGSM_SANITIZE=$(1) -DCMAKE_RULE_MESSAGES=OFF > build/$(1).log || { cat build/$(1).log; exit 1; }
-	@MAKEFLAGS= $(CMAKE) --build build/$(1) --parallel $(JOBS)
+	@MAKEFLAGS=--no-print-directory $(CMAKE) --build build/$(1) --parallel $(JOBS)
 endef
 
 sanitize: | $(CMAKE)  ## the kernels under AddressSanitizer and UBSan, the thread team under ThreadSanitizer

@@ -31,7 +31,7 @@ def table(data: dict) -> str:
         kl = "" if q["kl_mean"] is None else f"{q['kl_mean']:.4f} ± {q['kl_mean_stderr']:.4f}"
         same = "" if q["top1_agreement"] is None else f"{100 * q['top1_agreement']:.1f} %"
         lines.append(
-            f"| {v['name']} | `{v['format']}` | {q['data_bytes'] / 1e6:.1f} | {q['bits_per_weight']:.2f} "
+            f"| {v['name']} | `{v['format']}` | {q['bytes'] / 1e6:.1f} | {q['bits_per_weight']:.2f} "
             f"| {q['perplexity']:.2f} | {kl} | {same} | {s['prefill_tps']:.0f} | {s['decode_tps']:.0f} |"
         )
     first = data["variants"][0]
@@ -42,7 +42,8 @@ def table(data: dict) -> str:
         f"({first['quality']['protocol']}) Speed: {s['threads']} threads, {s['isa']}, "
         f"{s['bandwidth_gbps']:.0f} GB/s of memory bandwidth, load average {s['load_average']:.1f}, "
         f"Python {platform.python_version()}. The 8-bit and 4-bit rows keep the embedding in `int8/g32`. "
-        "The shipped file is itself 4-bit (`uint4/g32-m(f16)`), so the base is that file dequantized, not the model as it was trained.",
+        "The shipped file is itself 4-bit (`uint4/g32-m(f16)`), so the base is that file dequantized, not the model as "
+        "it was trained.",
     ]
     return "\n".join(lines)
 
@@ -56,7 +57,7 @@ def draw(data: dict, path: Path) -> None:
     matplotlib.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "gossamer"})
     names = [v["name"].split(" (")[0] for v in data["variants"]]
     panels = [
-        ("size, MB", [v["quality"]["data_bytes"] / 1e6 for v in data["variants"]], "{:.0f}"),
+        ("size, MB", [v["quality"]["bytes"] / 1e6 for v in data["variants"]], "{:.0f}"),
         ("perplexity", [v["quality"]["perplexity"] for v in data["variants"]], "{:.2f}"),
         ("decode, tokens/s", [v["speed"]["decode_tps"] for v in data["variants"]], "{:.0f}"),
         ("prefill, tokens/s", [v["speed"]["prefill_tps"] for v in data["variants"]], "{:.0f}"),

@@ -25,6 +25,7 @@ import numpy as np
 from gossamer import LLM, ops
 from gossamer.checkpoints.gguf import GGUFFile
 from gossamer.checkpoints.names import resolve
+from gossamer.limits import default_threads
 
 HERE = Path(__file__).parent
 CASES = [  # ours, llama.cpp's type
@@ -86,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=ops.default_threads())
+    parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--write", action="store_true", help="put the table into docs/measurements.md")
     args = parser.parse_args()
     has_peer = subprocess.run([args.peer_python, "-c", "import llama_cpp"], capture_output=True).returncode == 0

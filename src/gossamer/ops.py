@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gossamer.errors import KernelError, UsageError
+from gossamer.limits import default_threads
 
 try:
     from gossamer import _kernels
@@ -30,7 +31,6 @@ __all__ = [
     "add",
     "attention",
     "decode_rows",
-    "default_threads",
     "divergence",
     "gated",
     "isa",
@@ -94,19 +94,6 @@ def make_weight(kernel: Kernel, rows: int, cols: int, bias: F32 | None = None) -
 def refuse(weight: Weight, input: str) -> str | None:
     """Why the kernels cannot run this weight with this input format, or None."""
     return weight.refuse(input)
-
-
-def default_threads() -> int:
-    """Threads this process may use: its CPU affinity, capped by the control group's quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-        if quota != "max":
-            count = min(count, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(1, count)
 
 
 def set_threads(n: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "models")]
 
-import tiny_gguf
+import tiny_gguf  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
+import tiny_gguf
 import tiny_models
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -19,7 +20,7 @@ from gossamer.compress.write import Written, compress
 from gossamer.engine.llm import chooser
 from gossamer.errors import UnsupportedError, UsageError
 from gossamer.formats import parse
-from gossamer.models.checkpoint import open_checkpoint
+from gossamer.models.checkpoint import Checkpoint, open_checkpoint
 from gossamer.models.load import Plan
 
 Keep = Sequence[tuple[str, str]]
@@ -43,8 +44,8 @@ NAMES = (
 )
 
 
-def write(source: Path, out: Path, fmt: str = "int4/g32 @ int8/token", keep: Keep = MIXED) -> Written:
-    checkpoint = open_checkpoint(source)
+def write(source: Path | Checkpoint, out: Path, fmt: str = "int4/g32 @ int8/token", keep: Keep = MIXED) -> Written:
+    checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
     choose = chooser(parse(fmt), [(p, parse(f)) for p, f in keep], checkpoint.topology)
     return compress(checkpoint, out, choose, recipe={"name": "rtn", "format": fmt})
 
@@ -62,11 +63,13 @@ def check_size(done: Written) -> None:
     assert ledger["cost"] == {"data_bytes": done.data_bytes, "bits_per_weight": done.bits_per_weight}
 
 
-def check_logits(source: Path | str, done: Written, fmt: str, keep: Keep, tokens: Sequence[int]) -> None:
+def check_logits(source: Path | Checkpoint, done: Written, fmt: str, keep: Keep, tokens: Sequence[int]) -> LLM:
+    """The written folder, loaded."""
     in_memory, written = LLM(source, format=fmt, keep=keep), LLM(done.path)
     assert written.loaded.formats == in_memory.loaded.formats
     assert written.loaded.data_bytes == in_memory.loaded.data_bytes == done.data_bytes
     assert np.array_equal(written.logits(tokens), in_memory.logits(tokens))
+    return written
 
 
 def folder(tmp: Path, name: str, **options: Any) -> Path:
@@ -152,17 +155,17 @@ def test_bytes_do_not_depend_on_the_threads(tiny: Path, tmp_path: Path) -> None:
 
 def test_the_real_model(smollm2_gguf: Path, tmp_path: Path) -> None:
     keep = (("embed", "int8/g32"), ("*.layers.2?.mlp.down_proj", "int8/row"))
-    done = write(smollm2_gguf, tmp_path / "out", "int4/g64", keep)
+    checkpoint = open_checkpoint(smollm2_gguf)
+    done = write(checkpoint, tmp_path / "out", "int4/g64", keep)
     check_size(done)
     text = "The quick brown fox jumps over 13 lazy dogs.\n\tSchöne Grüße 🙂 def f(x): return x**2"
-    tokens = open_checkpoint(smollm2_gguf).tokenizer().encode(text)
-    check_logits(smollm2_gguf, done, "int4/g64", keep, tokens)
+    tokens = checkpoint.tokenizer().encode(text)
+    llm = check_logits(checkpoint, done, "int4/g64", keep, tokens)
     config = AutoConfig.from_pretrained(done.path)
     assert (config.model_type, config.hidden_size, config.tie_word_embeddings) == ("llama", 576, True)
     tokenizer = AutoTokenizer.from_pretrained(done.path)
     assert tokenizer(text).input_ids == tokens
     assert tokenizer.decode(tokens) == text
-    llm = LLM(done.path)
     messages = [{"role": "user", "content": "Hello"}]
     theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert llm.chat_tokens(messages) == tokenizer(theirs, add_special_tokens=False).input_ids
@@ -171,11 +174,12 @@ def test_the_real_model(smollm2_gguf: Path, tmp_path: Path) -> None:
 
 def test_the_second_real_model(gemma3_gguf: Path, tmp_path: Path) -> None:
     keep = (("embed", "int8/g32"),)
-    done = write(gemma3_gguf, tmp_path / "out", "int4/g32", keep)
+    checkpoint = open_checkpoint(gemma3_gguf)
+    done = write(checkpoint, tmp_path / "out", "int4/g32", keep)
     check_size(done)
     text = "La souris    mange 12 fromages; 東京 🙂"
-    tokens = open_checkpoint(gemma3_gguf).tokenizer().encode(text)
-    check_logits(gemma3_gguf, done, "int4/g32", keep, tokens)
+    tokens = checkpoint.tokenizer().encode(text)
+    check_logits(checkpoint, done, "int4/g32", keep, tokens)
     config = AutoConfig.from_pretrained(done.path)
     assert (config.model_type, config.sliding_window) == ("gemma3_text", 512)
     assert config.layer_types.count("full_attention") == 3
@@ -218,8 +222,6 @@ def test_a_pattern_that_matches_nothing_is_refused(tiny: Path, pattern: str) -> 
 
 
 def test_what_a_configuration_cannot_say_is_refused_before_any_work(tmp_path: Path) -> None:
-    import tiny_gguf
-
     source = tiny_gguf.write(tmp_path / "odd.gguf", q_bias=True)
     checkpoint = open_checkpoint(source)
     begun: list[Plan] = []

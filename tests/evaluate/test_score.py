@@ -123,8 +123,8 @@ def test_sizes_formats_and_json(llm):
     result = evaluate(llm, Text(PROSE, "a lighthouse", "abc"), tokens=16)
     assert result.windows == 1
     assert result.tokens == 8
-    assert result.bytes == sum(p.nbytes for p in llm.loaded.packed.values())
-    assert result.data_bytes > result.bytes
+    assert result.bytes == llm.checkpoint.data_bytes  # every tensor of the file, as it is stored there
+    assert result.bits_per_weight == 8 * result.bytes / llm.loaded.topology.parameters
     assert 5 < result.bits_per_weight < 6
     assert result.formats == {"uint4/g32-m(f16)": 210, "int8/g32": 1}
     assert (result.text, result.text_sha256) == ("a lighthouse", "abc")

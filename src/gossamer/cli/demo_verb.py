@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
             [
                 v.name,
                 v.format,
-                f"{c.data_bytes / 1e6:.1f}",
+                f"{c.bytes / 1e6:.1f}",
                 f"{c.bits_per_weight:.2f}",
                 f"{c.perplexity:.2f}",
                 "" if c.kl_mean is None else f"{c.kl_mean:.4f}",

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         *row("KL divergence, mean (nats/token)", result.kl_mean, 5, result.kl_mean_stderr),
         *row("KL divergence, 99th percentile", result.kl_p99, 4),
         *row("same most likely token", result.top1_agreement, 4),
-        ["bytes (weights, scales, norms)", f"{result.data_bytes:,}"],
+        ["bytes (weights, scales, norms)", f"{result.bytes:,}"],
         *row("bits per weight", result.bits_per_weight, 3),
     ]
     ui.table([f"{result.tokens} tokens scored", ""], rows)

@@ -15,6 +15,9 @@ __all__ = ["main"]
 
 MODEL_HELP = "smollm2-135m, gemma3-270m, a .gguf file, a folder, or a hub id such as org/name"
 FORMAT_HELP = 'a format expression such as "int4/g32", "int8/row @ int8/token" or "bf16"'
+# Repeated here, for the modules that hold them take longer to load than help may take.
+TEXTS = "stdlib, boolq, emma, mansfield, northanger, persuasion, pride or sense"
+SHAPES = "smollm2-135m, llama-3.2-1b, llama-3.2-3b, llama-3-8b, qwen2.5-0.5b, qwen3-0.6b, gemma-3-1b or mistral-7b"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -158,7 +161,10 @@ def _parser() -> argparse.ArgumentParser:
         "--against-format", metavar="EXPR", help="the same for the base, which is MODEL itself without --against"
     )
     p.add_argument(
-        "--text", default="stdlib", metavar="FILE|NAME", help="a UTF-8 file or a known text (default: %(default)s)"
+        "--text",
+        default="stdlib",
+        metavar="FILE|NAME",
+        help=f"a UTF-8 file, or a known text: {TEXTS} (default: %(default)s)",
     )
     p.add_argument("--tokens", type=_at_least(2), default=8192, metavar="N", help="tokens read (default: %(default)s)")
     p.add_argument(
@@ -184,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--shape",
         metavar="NAME",
-        help="random weights of a known shape instead of a model, e.g. llama-3.2-1b or llama-3-8b",
+        help=f"random weights of a known shape instead of a model: {SHAPES}",
     )
     p.add_argument(
         "--format",

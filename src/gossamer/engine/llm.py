@@ -24,6 +24,7 @@ from gossamer.engine.kv import KVPool, kv_bytes, kv_format
 from gossamer.engine.kv import Sequence as KVSequence
 from gossamer.errors import ResourceError, UsageError
 from gossamer.formats import SiteFormat, parse
+from gossamer.limits import available_memory
 from gossamer.models.checkpoint import Checkpoint, open_checkpoint
 from gossamer.models.config import Config
 from gossamer.models.load import Choose, Loaded, Progress, load, plan
@@ -33,7 +34,7 @@ from gossamer.models.transformer import MAX_TOKENS
 if TYPE_CHECKING:
     from gossamer.checkpoints.tokenizer import Tokenizer
 
-__all__ = ["LLM", "Completion", "Need", "Sampling", "available_memory", "chat_tokens", "check_length", "chooser"]
+__all__ = ["LLM", "Completion", "Need", "Sampling", "chat_tokens", "check_length", "chooser"]
 
 F32 = npt.NDArray[np.float32]
 Messages = Sequence[dict[str, Any]]
@@ -139,27 +140,6 @@ def _check_memory(need: Need) -> None:
         )
 
 
-def available_memory() -> int | None:
-    """Bytes that can be taken without swapping, within the control group's limit; None where that is unknown."""
-    found = []
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:")]
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            limit = file.read().strip()
-        if limit != "max":
-            with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
-                used = int(file.read())
-            with open("/sys/fs/cgroup/memory.stat", encoding="ascii") as file:
-                parts = dict(line.split() for line in file)
-            # Files that were read count as used, the model's own among them, but are given up when memory is short.
-            used -= int(parts["active_file"]) + int(parts["inactive_file"])
-            found.append(int(limit) - used)
-    except (OSError, ValueError, IndexError, KeyError):
-        pass
-    return min(found) if found else None
-
-
 def chat_tokens(tokenizer: Tokenizer, messages: Messages) -> list[int]:
     """The tokens of a conversation in the tokenizer's template. Raises UsageError when it has none or refuses."""
     from gossamer.checkpoints.chat import render
@@ -218,9 +198,9 @@ class LLM:
         self.tokenizer = self.checkpoint.tokenizer()
         chosen = plan(self.checkpoint, chooser(fmt, kept, self.checkpoint.topology))
         need = Need(chosen.data_bytes, kv_bytes(self.config, self.context, self.kv_format), self.context)
+        _check_memory(need)
         if before_load:
             before_load(need)
-        _check_memory(need)
         self.loaded: Loaded = load(self.checkpoint, chosen.formats, progress)
         self.transformer = self.loaded.transformer
         self.load_s = time.perf_counter() - started

@@ -45,8 +45,8 @@ class Result:
     per token) and ``top1_agreement`` (0 to 1) are the divergence of the base model's predictions from this
     model's, KL(base || this), its 99th percentile, and how often both find the same token most likely; None
     without a base. Standard errors are over windows, None for a single one. ``tokens`` are the scored ones;
-    ``bytes`` are those of the packed matrices, ``data_bytes`` adds norms and biases, and ``bits_per_weight`` is
-    8 x ``data_bytes`` / parameters. ``formats`` counts the sites of each format.
+    ``bytes`` are those of all packed matrices, norms and biases (the data section of a compressed folder), and
+    ``bits_per_weight`` is 8 x ``bytes`` / parameters. ``formats`` counts the sites of each format.
     """
 
     model: str
@@ -65,7 +65,6 @@ class Result:
     text_sha256: str
     protocol: str
     bytes: int
-    data_bytes: int
     bits_per_weight: float
     formats: dict[str, int]
 
@@ -153,8 +152,7 @@ def evaluate(
         text=text.description,
         text_sha256=text.sha256,
         protocol=_protocol(candidate, len(ids), length, score) + (" The text ends there." if short else ""),
-        bytes=candidate.loaded.weight_bytes,
-        data_bytes=candidate.loaded.data_bytes,
+        bytes=candidate.loaded.data_bytes,
         bits_per_weight=candidate.loaded.bits_per_weight,
         formats=formats_used(candidate.loaded),
     )

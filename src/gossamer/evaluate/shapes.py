@@ -8,11 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from gossamer.engine.llm import available_memory
 from gossamer.errors import ResourceError, UsageError
 from gossamer.formats import ArraySource, Format, Packed, allocate, encode, parse
 from gossamer.formats.dispatch import make_runner
 from gossamer.formats.node import PANEL
+from gossamer.limits import available_memory
 from gossamer.models.config import Config, Rope
 from gossamer.models.load import Loaded
 from gossamer.models.topology import Site, describe

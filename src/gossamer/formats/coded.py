@@ -138,9 +138,11 @@ class Coded:
         codes, scales, offset = self._fit(x)
         # A few groups leave the first or the last code unused, mostly because their scale has few bits left
         # (a subnormal one): their values are quantized again until nothing changes. That ends, because each
-        # round makes the scale smaller or the minimum larger, or neither.
-        rest = ~self._settled(codes, scales, offset)
-        while rest.any():
+        # round makes the scale smaller or the minimum larger, or neither; three rounds are the most seen.
+        rest = ~self._settled(codes, offset)
+        for _ in range(100):
+            if not rest.any():
+                break
             s, z = self._steps(scales[rest, None], None if offset is None else offset[rest, None])
             again = self._fit(self._values(codes[rest], s, z))
             changed = (again[0] != codes[rest]).any(axis=-1) | (again[1] != scales[rest])
@@ -194,16 +196,14 @@ class Coded:
         np.clip(codes, 0, self.number.levels - 1, out=codes)
         return codes
 
-    def _settled(self, codes: F32, scales: npt.NDArray[Any], offset: npt.NDArray[Any] | None) -> npt.NDArray[np.bool_]:
+    def _settled(self, codes: F32, offset: npt.NDArray[Any] | None) -> npt.NDArray[np.bool_]:
         """Which groups use the first and the last code, so that their values give the same scale and offset again."""
-        first, last, top = codes.min(axis=-1), codes.max(axis=-1), self.number.levels - 1
-        if offset is None:
-            return np.asarray(first == 0)
-        if self.minimum is None:
-            return np.asarray((np.minimum(first, offset) == 0) & (np.maximum(last, offset) == top))
-        # A minimum far larger than the range eats the low bits of s * c.
-        s, m = self._steps(scales, offset)
-        return np.asarray((first == 0) & (last == top) & (np.abs(m) / (64 * top) <= s))
+        first, last = codes.min(axis=-1), codes.max(axis=-1)
+        if self.number.signed:
+            return np.asarray(first == 0)  # where the extreme sits
+        if offset is not None and self.minimum is None:  # zero belongs to the range
+            first, last = np.minimum(first, offset), np.maximum(last, offset)
+        return np.asarray((first == 0) & (last == self.number.levels - 1))
 
     def _steps(self, scales: npt.NDArray[Any], offset: npt.NDArray[Any] | None) -> tuple[F32, Any]:
         """Scales, and zero points or minima, as float32."""

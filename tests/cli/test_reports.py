@@ -1,0 +1,178 @@
+"""``eval``, ``bench``, ``inspect``, ``demo``: what they report, to a person and to a program."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from program import Terminal, gossamer
+
+from gossamer.models.checkpoint import open_checkpoint
+
+QUALITY = {"perplexity", "bits_per_byte", "kl_mean", "kl_p99", "top1_agreement", "bytes", "bits_per_weight"}
+SPEED = {"prefill_tps", "decode_tps", "decode_gbps", "bandwidth_gbps", "bandwidth_fraction", "load_s", "peak_rss_mb"}
+SPEED |= {"unfused_sites"}
+
+
+def report(*arguments: object) -> Any:
+    """The JSON of a run that says nothing else, on either stream."""
+    done = gossamer(*arguments, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert done.json == done.json  # no NaN
+    return done.json
+
+
+@pytest.fixture(scope="module")
+def small(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("small") / "small"
+    assert gossamer("compress", tiny, "-o", out, "--format", "int4/g32", "--keep", "embed=int8/g32").code == 0
+    return out
+
+
+# ---------------------------------------------------------------- eval
+
+
+def test_eval_alone(tiny: Path) -> None:
+    found = report("eval", tiny, "--tokens", "256", "--window", "128")
+    assert found.keys() >= QUALITY
+    assert 200 < found["perplexity"] < 1000  # random weights: about the size of the vocabulary, 264, and more
+    assert found["bits_per_byte"] > 0
+    assert found["kl_mean"] is found["kl_p99"] is found["top1_agreement"] is None
+    assert "second half" in found["protocol"]
+    assert "no BOS" in found["protocol"]
+
+
+def test_eval_against_a_base(tiny: Path, small: Path) -> None:
+    found = report("eval", small, "--against", tiny, "--tokens", "256", "--window", "128", "--score", "all")
+    assert 0 < found["kl_mean"] < found["kl_p99"]
+    assert 0 < found["top1_agreement"] < 1
+    checkpoint = open_checkpoint(small)
+    assert found["bits_per_weight"] == 8 * checkpoint.data_bytes / checkpoint.topology.parameters
+    assert found["data_bytes"] == checkpoint.data_bytes
+
+
+def test_eval_against_itself_in_another_format(tiny: Path) -> None:
+    options = ["--tokens", "128", "--window", "64", "--text"]
+    text = tiny.with_name("text.txt")
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    same = report("eval", tiny, "--against", tiny, *options, text)
+    assert (same["kl_mean"], same["kl_p99"], same["top1_agreement"]) == (0, 0, 1)
+    other = report("eval", tiny, "--format", "int4/g32", "--against-format", "f32 @ f32", *options, text)
+    assert other["kl_mean"] > 0
+    assert other["text"] == "text.txt"
+
+
+def test_eval_to_a_person(tiny: Path, small: Path) -> None:
+    options = ["--tokens", "256", "--window", "128", "--threads", "1", "--kv", "f32"]
+    done = gossamer("eval", small, "--against", tiny, *options)
+    assert (done.code, done.err) == (0, "")
+    for line in ("perplexity ", "perplexity of the base", "bits per byte", "KL divergence, mean", "bits per weight"):
+        assert re.search(rf"(?m)^{re.escape(line)}.* [\d.]+", done.out), line
+    assert "2 windows of 128 tokens, each from an empty context (no BOS token)" in done.out
+    assert "keys and values in f32" in done.out
+
+
+# ---------------------------------------------------------------- bench
+
+
+def check_speed(found: dict[str, Any]) -> None:
+    assert found.keys() >= SPEED
+    assert min(found["prefill_tps"], found["decode_tps"], found["decode_gbps"], found["bandwidth_gbps"]) > 0
+    assert found["bandwidth_fraction"] is None or 0 < found["bandwidth_fraction"] < 5
+    assert found["peak_rss_mb"] > 10
+    assert isinstance(found["unfused_sites"], dict)
+    assert (found["prefill_tokens"], found["decode_tokens"]) == (512, 128)
+
+
+def test_bench_of_a_model(tiny: Path) -> None:
+    found = report("bench", tiny, "--repetitions", "1", "--threads", "1", "--format", "int8/row @ int8/token")
+    check_speed(found)
+    assert found["load_s"] > 0
+    assert (found["threads"], found["formats"]) == (1, {"int8/row @ int8/token": 15})
+
+
+def test_bench_of_a_shape(tiny: Path) -> None:
+    found = report("bench", "--shape", "smollm2-135m", "--repetitions", "1")
+    check_speed(found)
+    assert found["load_s"] is None
+    assert found["formats"] == {"int4/g32": 211}
+    assert found["weights"] == 134_479_872
+
+
+def test_bench_to_a_person(tiny: Path) -> None:
+    done = gossamer("bench", tiny, "--repetitions", "1")
+    assert (done.code, done.err) == (0, "")
+    for line in ("prefill", "decode", "memory bandwidth", "share of the bandwidth", "load", "peak memory"):
+        assert re.search(rf"(?m)^{line} ", done.out), line
+
+
+# ---------------------------------------------------------------- inspect
+
+
+def test_inspect(tiny: Path, small: Path, smollm2_gguf: Path) -> None:
+    found = report("inspect", smollm2_gguf)
+    assert (found["kind"], found["family"], found["parameters"]) == ("gguf", "llama", 134_515_008)
+    assert (found["data_bytes"], found["total_bytes"]) == (96_576_768, 98_362_432)
+    assert found["bits_per_weight"] == 8 * found["data_bytes"] / found["parameters"]
+    assert (found["layers"], found["hidden"], found["vocab"], found["context"]) == (30, 576, 49152, 8192)
+    assert found["chat_template"].startswith("{% for message in messages %}")
+    assert found["eos_ids"] == [2, 0]
+    assert len(found["tensors"]) == 272
+    assert sum(t["bytes"] for t in found["tensors"]) == found["data_bytes"]
+    kinds = {(t["type"], t["runs_as"]) for t in found["tensors"]}
+    assert kinds == {("Q8_0", "int8/g32"), ("Q4_1", "uint4/g32-m(f16)"), ("F32", "f32")}
+
+    shown = gossamer("inspect", tiny, "--tensors")
+    assert (shown.code, shown.err) == (0, "")
+    assert "2 layers, width 96" in shown.out
+    assert "chat template: 155 characters" in shown.out
+    assert re.search(r"(?m)^blk\.1\.ffn_down\.weight +Q4_1 +uint4/g32-m\(f16\) +96x160 +9,600$", shown.out)
+    ours = gossamer("inspect", small).out
+    assert "recipe.name: rtn" in ours
+    assert "source.file: tiny.gguf" in ours
+
+
+def test_inspect_says_what_does_not_run_as_it_is(gemma3_gguf: Path) -> None:
+    found = report("inspect", gemma3_gguf)
+    runs = {t["type"]: t["runs_as"] for t in found["tensors"] if t["type"].endswith("_K")}
+    assert runs.keys() == {"Q4_K", "Q6_K"}
+    for kind, how in runs.items():
+        # Either an expression of its own, or it says that it is decoded.
+        assert "decoded" not in how or how == f"f16 @ f32 (decoded: {kind} does not run as it is yet)"
+
+
+# ---------------------------------------------------------------- demo
+
+
+def test_demo(tiny: Path) -> None:
+    found = report("demo", tiny, "--tokens", "256", "-p", "What is the capital of France?")
+    assert [v["name"] for v in found["variants"]] == ["base (the file as f16)", "8-bit", "4-bit"]
+    for variant in found["variants"]:
+        assert variant["quality"].keys() >= QUALITY
+        assert variant["speed"].keys() >= SPEED
+    base, eight, four = (v["quality"] for v in found["variants"])
+    assert base["kl_mean"] is None
+    assert 0 < eight["kl_mean"] < four["kl_mean"]
+    assert base["bytes"] > eight["bytes"] > four["bytes"]
+    assert found["prompt"] == "What is the capital of France?"
+    assert len(found["answer"]) > 0
+
+
+def test_demo_to_a_person(tiny: Path) -> None:
+    done = gossamer("demo", tiny, "--tokens", "256", "--threads", "1")
+    assert done.code == 0
+    assert "The shipped file is itself quantized to 4 bits" in done.out
+    assert "English docstrings of the standard library" in done.out
+    rows = re.findall(r"(?m)^(base \(the file as f16\)|8-bit|4-bit) +\S.* \d+ +\d+$", done.out)
+    assert rows == ["base (the file as f16)", "8-bit", "4-bit"]
+    assert "\n> What is the capital of France?\n" in done.out
+    assert re.fullmatch(r"\[4-bit, \d+ tokens at \d+ tok/s\]\n", done.err)
+
+
+def test_bars_are_drawn_on_a_terminal_only(tiny: Path) -> None:
+    with Terminal("bench", tiny, "--repetitions", "2") as terminal:
+        terminal.until(r"timing.*\d/2.*\d:\d\d:\d\d")
+        assert terminal.end() == 0
+        assert "\x1b" not in terminal.out
