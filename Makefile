@@ -33,7 +33,7 @@ PACKAGE := $(if $(wildcard $(STAMPS)/editable-*),$(REQUIREMENTS) $(EDITABLE),$(P
 
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
-.PHONY: help run env dev test sanitize bench clean
+.PHONY: help run env dev test sanitize peers bench clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -52,6 +52,9 @@ test: env  ## every check: ruff, mypy, import-linter, pytest
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+peers: $(REQUIREMENTS)  ## llama.cpp's bindings, compiled for this machine, for the benchmarks that compare (ten minutes)
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PIP) install --no-binary llama-cpp-python llama-cpp-python==0.3.36
 
 bench: env  ## every benchmark in benchmarks/, one after the other
 	@set -e; for file in $(sort $(wildcard benchmarks/[a-z]*.py)); do echo "== $$file"; $(BIN)/python $$file; done
