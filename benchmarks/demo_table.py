@@ -28,7 +28,7 @@ def table(data: dict) -> str:
     ]
     for v in data["variants"]:
         q, s = v["quality"], v["speed"]
-        kl = "" if q["kl_mean"] is None else f"{q['kl_mean']:.4f} ± {q['kl_mean_stderr']:.4f}"
+        kl = "" if q["kl_mean"] is None else f"{q['kl_mean']:.4f} ± {q['kl_mean_stderr']:.1g}"
         same = "" if q["top1_agreement"] is None else f"{100 * q['top1_agreement']:.1f} %"
         lines.append(
             f"| {v['name']} | `{v['format']}` | {q['bytes'] / 1e6:.1f} | {q['bits_per_weight']:.2f} "

@@ -50,7 +50,7 @@ def test_eval_against_a_base(tiny: Path, small: Path) -> None:
     assert 0 < found["top1_agreement"] < 1
     checkpoint = open_checkpoint(small)
     assert found["bits_per_weight"] == 8 * checkpoint.data_bytes / checkpoint.topology.parameters
-    assert found["data_bytes"] == checkpoint.data_bytes
+    assert found["bytes"] == checkpoint.data_bytes
 
 
 def test_eval_against_itself_in_another_format(tiny: Path) -> None:

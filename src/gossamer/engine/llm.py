@@ -341,7 +341,8 @@ class LLM:
                 result.text += piece
                 yield piece
         except GeneratorExit:
-            result.finish = "cancelled"
+            # A caller that stopped for a reason of its own has said so already.
+            result.finish = result.finish or "cancelled"
             raise
 
     def _advance(self, tokens: list[int], progress: Progress | None = None) -> Iterator[F32]:
