@@ -78,7 +78,8 @@ PENALTY_SPAN = 64
 class Completion:
     """A finished answer.
 
-    ``finish`` is "stop" (the model ended its turn), "length" (``max_tokens`` reached) or "context" (no room left).
+    ``finish`` is "stop" (the model ended its turn), "length" (``max_tokens`` reached), "context" (no room left),
+    "cancelled" (the stream was closed) or what a caller that stopped it has said, and empty while it runs.
     Times are seconds: ``prefill_s`` for the part of the prompt that was computed (``computed_tokens``), ``decode_s``
     for all tokens after the first.
     """

@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,13 +22,12 @@ from gossamer.checkpoints.tokenizer import Tokenizer
 from gossamer.engine.llm import LLM
 from gossamer.errors import GossamerError, UsageError
 from gossamer.evaluate.texts import Text
-from gossamer.models.load import Loaded
+from gossamer.models.load import Loaded, Progress
 
 __all__ = ["SCORES", "Result", "evaluate"]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
-Progress = Callable[[int, int], None]  # windows done, windows in all
 
 SCORES = ("second-half", "all")
 ROWS = 64  # predictions whose logits are in memory at once: 64 MiB for a vocabulary of 262,144

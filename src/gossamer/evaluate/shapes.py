@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +13,13 @@ from gossamer.formats.dispatch import make_runner
 from gossamer.formats.node import PANEL
 from gossamer.limits import available_memory
 from gossamer.models.config import Config, Rope
-from gossamer.models.load import Loaded
+from gossamer.models.load import Loaded, Progress
 from gossamer.models.topology import Site, describe
 from gossamer.models.transformer import Transformer
 
 __all__ = ["SHAPES", "shape_model"]
 
 F32 = npt.NDArray[np.float32]
-Progress = Callable[[int, int], None]  # sites done, sites in all
 
 _SAMPLE = 1 << 18  # weights that are encoded; a matrix repeats them
 

@@ -11,7 +11,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,12 @@ from gossamer.engine import kv
 from gossamer.engine.llm import LLM
 from gossamer.errors import ResourceError, UsageError
 from gossamer.evaluate.score import formats_used
-from gossamer.models.load import Loaded
+from gossamer.models.load import Loaded, Progress
 from gossamer.models.transformer import MAX_TOKENS
 
 __all__ = ["Speed", "bench"]
 
 I32 = npt.NDArray[np.int32]
-Progress = Callable[[int, int], None]  # repetitions done, repetitions in all
 
 PROMPT = 16  # tokens before the first that is decoded
 PROBE_BYTES = 1 << 30

@@ -14,7 +14,7 @@ from gossamer.models.transformer import Transformer
 __all__ = ["Choose", "Loaded", "Plan", "Progress", "load", "plan"]
 
 Choose = Callable[[Site], SiteFormat | None]
-Progress = Callable[[int, int], None]  # sites done, sites in all
+Progress = Callable[[int, int], None]  # steps done, steps in all: sites, windows, repetitions, tokens
 
 
 @dataclass(frozen=True)
