@@ -139,23 +139,18 @@ def _converse(llm: LLM, system: list[dict[str, str]], max_tokens: int, sampling:
     ui.note("Type a message; an empty line or Ctrl-D ends the conversation, Ctrl-C stops an answer.")
     messages = list(system)
     while True:
-        ui.ask("> ")
-        try:
+        try:  # Ctrl-C may come at any moment: it ends what is being done and never the program
+            ui.ask("> ")
             line = input()
+            if not line.strip():
+                return
+            asked = [*messages, {"role": "user", "content": line}]
+            _answer(llm, llm.chat_tokens(asked), max_tokens, sampling)
+            messages = [*asked, {"role": "assistant", "content": llm.last.text}]
         except EOFError:
             ui.note("")
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # nothing is being answered, or the answer had not begun
             ui.note("")
-            continue
-        if not line.strip():
-            return
-        messages.append({"role": "user", "content": line})
-        try:
-            _answer(llm, llm.chat_tokens(messages), max_tokens, sampling)
-        except (UsageError, KeyboardInterrupt) as error:
-            # Refused (the history may no longer fit) or stopped before it began: the conversation stays as it was.
-            ui.note(f"gossamer: {error}" if isinstance(error, UsageError) else "")
-            messages.pop()
-            continue
-        messages.append({"role": "assistant", "content": llm.last.text})
+        except UsageError as error:  # the history may no longer fit: the conversation stays as it was
+            ui.note(f"gossamer: {error}")
