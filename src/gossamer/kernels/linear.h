@@ -1,82 +1,122 @@
-// y = x W^T + b for packed weights.
+// y = x W^T + b for packed weights, several sites that share their input in one call.
 //
-// Layout (one for every level). Output rows come in panels of 16, one row per lane; rows past the end are
-// padding. Input columns come in blocks of 8, zero-padded at the end.
-//   u8    codes  [panel][block][2][16 rows][4]        column 8*block + 4*half + i
-//   u4    codes  [panel][block][16 rows][4]           low nibble: column 8*block + i, high nibble: 8*block + 4 + i
-//   u5    codes  as u4 (the low four bits), high [panel][block][2] 64-bit masks, bit 4*row + i: the fifth bit
-//   f32, f16     [panel][column][16 rows]
-//   bf16         [panel][column pair][16 rows][2]
-//   scales, offsets [panel][group][16 rows]; 4-bit zero points [panel][group][8]: row r low, row r+8 high nibble
-// A code c stands for  s*(c - 2^(bits-1)) (symmetric),  s*(c - z) (zero point)  or  s*c - m (minimum).
+// An input is prepared once for each input format among the sites (normalised, quantized, laid out in tiles of tokens);
+// then the panels of all sites are shared out among the threads. What bounds it: the bytes of the codes for a few
+// tokens, the rate of the dot product for many.
 #pragma once
 #include <cstdint>
+#include <memory>
+#include <vector>
 
-#include "halves.h"
-#include "isa.h"
+#include "weight.h"
 
 namespace gsm {
 
-enum class Code { f32, f16, bf16, u8, u5, u4 };
-enum class Scale { none, f32, f16, bf16 };
-enum class Offset { symmetric, zero_u4, zero_u8, min_f16, min_f32, min_bf16 };
-enum class Input { f32, bf16, int8_token };
-
-struct Weight {
-  Code code = Code::f32;
-  int64_t rows = 0, cols = 0;
-  int64_t group = 0;  // columns that share a scale; a multiple of 8 for coded weights
-  Scale scale = Scale::none;
-  Offset offset = Offset::symmetric;
-  const uint8_t* codes = nullptr;
-  const uint8_t* high = nullptr;
-  const uint8_t* scales = nullptr;
-  const uint8_t* offsets = nullptr;
-  const float* bias = nullptr;  // [rows] or null
-
-  int64_t panels() const { return (rows + 15) / 16; }
-  int64_t blocks() const { return (cols + 7) / 8; }
-  int64_t groups() const { return scale == Scale::none ? 1 : (cols + group - 1) / group; }
-  bool coded() const { return code == Code::u8 || code == Code::u5 || code == Code::u4; }
+// What the input is rounded to before it is multiplied.
+enum class Rounding { f32, bf16, int8, int4, uint4, uint8, e4m3 };
+struct InputFormat {
+  Rounding rounding = Rounding::bf16;
+  int64_t group = 0;     // columns that share a scale; 0: the whole token
+  float fixed = 0;       // a static scale; 0: from the data
+  float outlier = 0;     // elements at least this large are kept apart in float32; 0: none are
+  bool operator==(const InputFormat&) const = default;
+  bool integer() const { return rounding != Rounding::f32 && rounding != Rounding::bf16; }
 };
 
-// Bytes one panel takes in each array; 0 when the weight has no such array.
-int64_t panel_bytes_codes(const Weight& w);
-int64_t panel_bytes_high(const Weight& w);
-int64_t panel_bytes_scales(const Weight& w);
-int64_t panel_bytes_offsets(const Weight& w);
-int scale_bytes(Scale scale);
-int zero_code(const Weight& w);  // 2^(bits-1) for symmetric codes, else 0
+// How a weight and an input format are multiplied: bytes by bytes, bfloat16 pairs, or float32 (of the rounded input).
+enum class Path { bytes, pairs, floats };
+// The path, and in `why` (may be null) the reason why a faster one does not fit.
+Path linear_path(const Weight& w, const InputFormat& in, const char** why = nullptr);
+// Columns that are summed before a scale is applied.
+int64_t segment_length(const Weight& w, const InputFormat& in, Path path);
 
-// Codes may be summed in int32 without overflow up to this group length: 255 * 127 * 65536 < 2^31.
-constexpr int64_t kMaxIntegerGroup = 65536;
-// Why this weight cannot take this input format, or null.
-const char* refuse(const Weight& w, Input input);
+// ---------------------------------------------------------------- prepared inputs
 
-// The input in the forms the inner loops read. A form is computed once per call and shared by all weights.
-struct Prepared {
-  const float* f32 = nullptr;         // [M][8*blocks], zero-padded; rounded to bf16 when the input format says so
-  const bf16* pairs = nullptr;        // [M][8*blocks] in the order in which codes unpack to pairs
-  const bf16* plain = nullptr;        // [M][8*blocks] in column order
-  const int8_t* int8 = nullptr;       // [M][8*blocks]
-  const float* int8_scale = nullptr;  // [M]
-  const float* sums_f32 = nullptr;    // [M][groups]
-  const int32_t* sums_int = nullptr;  // [M][groups]
-  int64_t stride = 0;                 // 8*blocks
+// T tokens lie side by side: [tile][step][T][4 bytes]; a step is 4 int8, 2 bf16 or 1 float.
+GSM_DECLARE(int max_tile())                            // tokens of the largest tile
+GSM_DECLARE(int panels_at_once(Path path, int64_t tokens))  // 1, 2 or 4
+int64_t tile_count(int64_t tokens);
+struct Tile { int64_t begin, end; };
+Tile tile_at(int64_t tokens, int64_t index);           // tiles of nearly equal size
+Tile tile_of(int64_t tokens, int64_t token);
+
+struct Sums {  // per segment of one length
+  int64_t length = 0, segments = 0;
+  int32_t* bytes = nullptr;   // [tile][segment][T]
+  float* floats = nullptr;    // [tile][segment][T], in units of the token's scale
+  float* scales = nullptr;    // [tile][segment][T], for inputs with a scale a group
+};
+struct Form {
+  Path path = Path::floats;
+  uint8_t* data = nullptr;
+  int64_t stride = 0;              // bytes a token
+  float* token_scale = nullptr;    // [tokens]; null: 1
+  std::vector<Sums> sums;
 };
 
-// Which inner loop a weight takes for an input format at the current level: int8 dot, bf16 dot or float32.
-enum class Path { f32, bf16_dot, int8_dot };
+// One token x [cols] into the form at its place in the tile. `q` is scratch of width floats.
+GSM_DECLARE(void prepare_token(const float* x, int64_t cols, int64_t width, const InputFormat& in, const Form& form,
+                               int64_t tokens, int64_t token, float* q))
+// out = x / sqrt(mean(x^2) + eps) * gain
+GSM_DECLARE(void normalize_token(const float* x, const float* gain, float eps, int64_t cols, float* out))
 
-GSM_DECLARE(Path linear_path(const Weight& w, Input input))
-GSM_DECLARE(void linear_panels(const Weight& w, Path path, const Prepared& x, int64_t tokens, int64_t first_panel,
-                               int64_t last_panel, float* y))
-GSM_DECLARE(void quantize_token(const float* x, int64_t cols, int64_t stride, int8_t* q, float* scale))
+// ---------------------------------------------------------------- panels
 
-// x [tokens][cols] times each weight, into outs[i] [tokens][weights[i]->rows]. All weights have the same cols.
-void linear(const float* x, int64_t tokens, const Weight* const* weights, float* const* outs, int count, Input input);
+struct PanelPart {
+  const Weight* weight;
+  const Form* form;
+  const Sums* sums;
+};
+// result [tokens][P * 16] (+)= the part's outputs for P panels, P at most panels_at_once.
+// Bytes of scratch that panel_totals needs.
+GSM_DECLARE(int64_t panel_scratch(int64_t tokens, const Weight& w, const Form& form, const Sums& sums))
+GSM_DECLARE(void panel_totals(const PanelPart& part, int64_t panel, int P, int64_t tokens, float* result, bool add,
+                              uint8_t* scratch))
+// Up to here memory sets the pace; above, arithmetic does.
+constexpr int64_t few_tokens() { return 3; }
 
-// Rows `ids` of the matrix in float32: out [n][cols].
-void decode_rows(const Weight& w, const int64_t* ids, int64_t n, float* out);
+enum class Epilogue { store, add, silu, gelu, gelu_tanh };
+// y [tokens][ld] (+)= result + bias for rows [row, row + n); with a gate, y = act(result) * second.
+GSM_DECLARE(void emit(const float* result, const float* second, const float* bias, const float* second_bias,
+                      Epilogue epilogue, int64_t tokens, int64_t lanes, int64_t row, int64_t n, float* y, int64_t ld))
+
+// ---------------------------------------------------------------- the call
+
+struct LinearSite {
+  std::vector<const Weight*> parts;  // summed
+  InputFormat input;
+  const float* bias = nullptr;
+  float* out = nullptr;              // [tokens][rows]
+};
+
+struct LinearSpec {
+  const float* x = nullptr;          // [tokens][cols]
+  const float* gain = nullptr;       // RMSNorm first, when given
+  float eps = 0;
+  std::vector<LinearSite> sites;     // with a gate: two sites, act(first) * second into the first's out
+  Epilogue epilogue = Epilogue::store;
+};
+
+// Work in two phases, 0 prepares tokens and 1 multiplies; all threads of the team call each, with a barrier between.
+class Linear {
+ public:
+  explicit Linear(LinearSpec spec);
+  // Before the phases of a run, from one thread.
+  void reserve(int64_t tokens);
+  void run(int64_t tokens, int phase, int thread, int threads) const;
+  bool small(int64_t tokens) const;  // not worth waking a team
+
+ private:
+  struct Use { int form, sums; };
+  LinearSpec spec_;
+  int64_t cols_ = 0, width_ = 0, panels_ = 0;
+  std::vector<InputFormat> formats_;
+  std::vector<Form> forms_;
+  std::vector<std::vector<Use>> uses_;  // [site][part]
+  uint8_t* arena_ = nullptr;
+};
+
+// Runs at once on the team.
+void linear(LinearSpec spec, int64_t tokens);
 
 }  // namespace gsm

@@ -1,0 +1,352 @@
+// The inner loop of every linear layer: P panels of weights times T tokens.
+//
+// Columns are cut into segments (a group of weights or of inputs; 256 columns where nothing else cuts). Each output has
+// one chain a segment, in column order; the segment's sum is scaled and added to the output's total in segment
+// order. The shape of a tile changes nothing in that, so every batch size and thread count gives the same bits.
+#pragma once
+#include "codes.h"
+#include "expand.h"
+#include "linear.h"
+
+// Tiles live in registers only when their loops are unrolled; a level without vectors would compile for a minute.
+#if defined(__AVX2__)
+#define GSM_UNROLL _Pragma("GCC unroll 8")
+#else
+#define GSM_UNROLL
+#endif
+
+namespace gsm::GSM_LEVEL {
+
+// ---------------------------------------------------------------- kinds of multiplication
+// A step multiplies 4 bytes of input per token: 4 int8 columns, 2 bf16 columns or 1 float column.
+
+#if defined(__AVX512F__)
+using Bits = __m512i;
+inline Bits broadcast(const uint8_t* p) {
+  int32_t v;
+  std::memcpy(&v, p, 4);
+  return _mm512_set1_epi32(v);
+}
+#elif defined(__AVX2__)
+using Bits = __m256i;
+inline Bits broadcast(const uint8_t* p) {
+  int32_t v;
+  std::memcpy(&v, p, 4);
+  return _mm256_set1_epi32(v);
+}
+#else
+struct Bits { uint8_t v[4]; };
+inline Bits broadcast(const uint8_t* p) { Bits b; std::memcpy(b.v, p, 4); return b; }
+#endif
+
+// Unsigned bytes times signed bytes.
+template <bool Wide> struct ByteDot {
+  using Sum = i32x16;
+  using Vec = b64;
+  static constexpr int steps = 2;  // a half block
+  static constexpr bool integer = true;
+  static Sum init(int32_t v) { return set1(v); }
+  static f32x16 value(Sum s) { return to_float(s); }
+#if defined(__AVX512F__)
+  static Sum dot(Sum acc, Vec w, Bits x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x)}; }
+#elif defined(__AVX2__)
+  // maddubs saturates at 16 bits, so bytes above 128 take another form: (c ^ 128) is c - 128 as a signed byte,
+  // |c - 128| <= 128 times |x| <= 127 twice fits, and 128 * sum(x) is added back.
+  static __m256i half(__m256i acc, __m256i w, __m256i x) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    if constexpr (!Wide) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones));
+    const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
+    const __m256i part = _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(x, s));
+    const __m256i base = _mm256_maddubs_epi16(_mm256_set1_epi8(1), x);  // pair sums of x, exact
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(part, ones));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(base, _mm256_set1_epi16(128)));
+  }
+  static Sum dot(Sum acc, Vec w, Bits x) { return {half(acc.lo, w.lo, x), half(acc.hi, w.hi, x)}; }
+#else
+  static Sum dot(Sum acc, const Vec& w, Bits x) {
+    for (int r = 0; r < 16; ++r)
+      for (int i = 0; i < 4; ++i) acc.v[r] += w.v[4 * r + i] * static_cast<int8_t>(x.v[i]);
+    return acc;
+  }
+#endif
+};
+
+struct FloatDot {
+  using Sum = f32x16;
+  using Vec = f32x16;
+  static constexpr int steps = 8;
+  static constexpr bool integer = false;
+  static Sum init(int32_t) { return zero(); }
+  static f32x16 value(Sum s) { return s; }
+#if defined(__AVX512F__)
+  static Sum dot(Sum acc, Vec w, Bits x) { return {_mm512_fmadd_ps(w.v, _mm512_castsi512_ps(x), acc.v)}; }
+#elif defined(__AVX2__)
+  static Sum dot(Sum acc, Vec w, Bits x) {
+    return {_mm256_fmadd_ps(w.lo, _mm256_castsi256_ps(x), acc.lo), _mm256_fmadd_ps(w.hi, _mm256_castsi256_ps(x), acc.hi)};
+  }
+#else
+  static Sum dot(Sum acc, const Vec& w, Bits x) {
+    float v;
+    std::memcpy(&v, x.v, 4);
+    return fma(w, set1(v), acc);
+  }
+#endif
+};
+
+#if defined(__AVX512BF16__)
+struct PairDot {
+  using Sum = f32x16;
+  using Vec = __m512i;
+  static constexpr int steps = 4;
+  static constexpr bool integer = false;
+  static Sum init(int32_t) { return zero(); }
+  static f32x16 value(Sum s) { return s; }
+  static Sum dot(Sum acc, Vec w, Bits x) {
+    return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x))};
+  }
+};
+#endif
+
+// ---------------------------------------------------------------- where weights come from
+// A source opens a half block of one panel and hands out its vectors, one a step. `ahead` is how many bytes later in
+// memory the codes lie that are fetched meanwhile: the hardware's own prefetch stops at each page.
+
+template <int N> inline void fetch(const void* p, int64_t ahead) {
+GSM_UNROLL
+  for (int i = 0; i < N; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(p) + ahead + i);
+}
+
+// Bytes as they are stored (8 bits) or as expand_bytes left them; `first` is the half block at which they begin.
+struct Bytes {
+  using Dot = ByteDot<true>;
+  static constexpr int parts = 1;
+  const uint8_t* codes;
+  int64_t first, ahead;
+  using Half = const uint8_t*;
+  Half open(int, int64_t half) const {
+    const uint8_t* at = codes + 128 * (half - first);
+    if (ahead) fetch<128>(at, ahead);
+    return at;
+  }
+  static b64 vec(Half h, int step) { return load64(h + 64 * step); }
+};
+
+template <int B> inline void fetch_half(int64_t half, const Fields& ahead) {
+  if constexpr (B & 4) __builtin_prefetch(ahead.q4 + 64 * half);
+  if constexpr (B & 2) __builtin_prefetch(ahead.q2 + 32 * half);
+  if constexpr (B & 1) __builtin_prefetch(ahead.q1 + 16 * half);
+}
+
+template <int B> struct Stored {  // codes of B < 8 bits, unpacked in registers
+  using Dot = ByteDot<false>;
+  static constexpr int parts = 1;
+  Fields f, ahead;
+  struct Half { b64 v[2]; };
+  Half open(int, int64_t half) const {
+    Half h;
+    fetch_half<B>(half, ahead);
+    read_half<B>(f, half, h.v);
+    return h;
+  }
+  static b64 vec(const Half& h, int step) { return h.v[step]; }
+};
+
+template <int Parts> struct Looked {  // 4-bit codes that stand for bytes of a table, or for two
+  using Dot = ByteDot<true>;
+  static constexpr int parts = Parts;
+  Fields f, ahead;
+  const uint8_t* table;
+  struct Half { b64 v[2]; };
+  Half open(int part, int64_t half) const {
+    Half h;
+    if (part == 0) fetch_half<4>(half, ahead);
+    read_half<4>(f, half, h.v);
+    h.v[0] = lookup16(h.v[0], table + 16 * part);
+    h.v[1] = lookup16(h.v[1], table + 16 * part);
+    return h;
+  }
+  static b64 vec(const Half& h, int step) { return h.v[step]; }
+};
+
+struct TwoBytes {  // what expand_bytes left of codes that stand for two bytes
+  using Dot = ByteDot<true>;
+  static constexpr int parts = 2;
+  const uint8_t* codes[2];
+  int64_t first;
+  using Half = const uint8_t*;
+  Half open(int part, int64_t half) const { return codes[part] + 128 * (half - first); }
+  static b64 vec(Half h, int step) { return load64(h + 64 * step); }
+};
+
+struct Halves {  // float16 as it is stored
+  using Dot = FloatDot;
+  static constexpr int parts = 1;
+  const f16* values;
+  int64_t ahead;
+  using Half = const f16*;
+  Half open(int, int64_t half) const {
+    const f16* at = values + 128 * half;
+    if (ahead) fetch<256>(at, ahead);
+    return at;
+  }
+  static f32x16 vec(Half h, int step) { return load(h + 16 * step); }
+};
+
+struct Floats {
+  using Dot = FloatDot;
+  static constexpr int parts = 1;
+  const float* values;
+  int64_t first, ahead;
+  using Half = const float*;
+  Half open(int, int64_t half) const {
+    const float* at = values + 128 * (half - first);
+    if (ahead) fetch<512>(at, ahead);
+    return at;
+  }
+  static f32x16 vec(Half h, int step) { return load(h + 16 * step); }
+};
+
+#if defined(__AVX512BF16__)
+struct PairValues {
+  using Dot = PairDot;
+  static constexpr int parts = 1;
+  const uint16_t* values;
+  int64_t first, ahead;
+  using Half = const uint16_t*;
+  Half open(int, int64_t half) const {
+    const uint16_t* at = values + 128 * (half - first);
+    if (ahead) fetch<256>(at, ahead);
+    return at;
+  }
+  static __m512i vec(Half h, int step) { return _mm512_loadu_si512(h + 32 * step); }
+};
+
+// 4-bit codes whose values are bfloat16: vpermw reads five index bits, and the table is there twice, so the bit above a
+// nibble does not matter. Shifting by 0, 4, 8, 12 brings the pairs (0,2) (4,6) (1,3) (5,7) into place.
+struct PairNibbles {
+  using Dot = PairDot;
+  static constexpr int parts = 1;
+  const uint8_t* codes;
+  int64_t ahead;
+  __m512i table;
+  struct Half {
+    __m512i packed, table;
+  };
+  Half open(int, int64_t half) const {
+    __builtin_prefetch(codes + 64 * half + ahead);
+    return {_mm512_loadu_si512(codes + 64 * half), table};
+  }
+  static __m512i vec(const Half& h, int step) {
+    switch (step) {
+      case 0: return _mm512_permutexvar_epi16(h.packed, h.table);
+      case 1: return _mm512_permutexvar_epi16(_mm512_srli_epi16(h.packed, 4), h.table);
+      case 2: return _mm512_permutexvar_epi16(_mm512_srli_epi16(h.packed, 8), h.table);
+      default: return _mm512_permutexvar_epi16(_mm512_srli_epi16(h.packed, 12), h.table);
+    }
+  }
+};
+#endif
+
+// ---------------------------------------------------------------- the tile
+
+// What a stretch of segments of P panels needs besides the codes.
+struct Stretch {
+  int64_t first, last;      // segments
+  int64_t length;           // columns a segment
+  int64_t halves;           // half blocks of the whole width
+  const float* scales;      // [panel][segment - first][16]
+  const float* offsets;     // the same, or null
+  int64_t stride;           // floats from panel to panel
+  int zero[2];              // added for each unit of input: what bytes stand for is less by a zero point
+  float weight[2];          // of the parts
+};
+
+// T tokens of a prepared input.
+struct TileInput {
+  const uint8_t* data;       // [step][T][4 bytes]
+  const int32_t* sums;       // [segment][T], of bytes; null when nothing is subtracted
+  const float* float_sums;   // [segment][T], of inputs in units of the token's scale; only for offsets
+  const float* scales;       // [segment][T] when the input has a scale a group, else null
+};
+
+template <class Source, int P, int T>
+__attribute__((noinline)) void tile(const Source* source, const Stretch& s, const TileInput& x, float* totals, bool fresh) {
+  using Dot = typename Source::Dot;
+  f32x16 total[P][T];
+GSM_UNROLL
+  for (int p = 0; p < P; ++p)
+GSM_UNROLL
+    for (int t = 0; t < T; ++t) total[p][t] = fresh ? gsm::GSM_LEVEL::zero() : load(totals + (t * P + p) * 16);
+  for (int64_t g = s.first; g < s.last; ++g) {
+    const int64_t from = g * s.length / 8, to = std::min(s.halves, (g + 1) * s.length / 8);
+    for (int part = 0; part < Source::parts; ++part) {
+      typename Dot::Sum sum[P][T];
+      // Integers add exactly in any order: a single output gets a second chain, which hides the latency of the first.
+      constexpr bool twice = Dot::integer && P * T <= 2;
+      typename Dot::Sum more[P][T];
+GSM_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const auto start = Dot::init(Dot::integer && x.sums ? s.zero[part] * x.sums[g * T + t] : 0);
+GSM_UNROLL
+        for (int p = 0; p < P; ++p) {
+          sum[p][t] = start;
+          if constexpr (twice) more[p][t] = Dot::init(0);
+        }
+      }
+      const uint8_t* data = x.data + from * Dot::steps * T * 4;
+      for (int64_t half = from; half < to; ++half, data += Dot::steps * T * 4) {
+        typename Source::Half open[P];
+GSM_UNROLL
+        for (int p = 0; p < P; ++p) open[p] = source[p].open(part, half);
+GSM_UNROLL
+        for (int step = 0; step < Dot::steps; ++step) {
+          typename Dot::Vec w[P];
+GSM_UNROLL
+          for (int p = 0; p < P; ++p) w[p] = Source::vec(open[p], step);
+GSM_UNROLL
+          for (int t = 0; t < T; ++t) {
+            const Bits b = broadcast(data + (step * T + t) * 4);
+GSM_UNROLL
+            for (int p = 0; p < P; ++p) {
+              auto& to = twice && step % 2 ? more[p][t] : sum[p][t];
+              to = Dot::dot(to, w[p], b);
+            }
+          }
+        }
+      }
+      if constexpr (twice) {
+GSM_UNROLL
+        for (int p = 0; p < P; ++p)
+GSM_UNROLL
+          for (int t = 0; t < T; ++t) sum[p][t] = sum[p][t] + more[p][t];
+      }
+GSM_UNROLL
+      for (int p = 0; p < P; ++p) {
+        f32x16 scale = load(s.scales + p * s.stride + (g - s.first) * 16);
+        if constexpr (Source::parts > 1) scale = scale * set1(s.weight[part]);
+        if (x.scales) {
+GSM_UNROLL
+          for (int t = 0; t < T; ++t)
+            total[p][t] = fma(Dot::value(sum[p][t]), scale * set1(x.scales[g * T + t]), total[p][t]);
+        } else {
+GSM_UNROLL
+          for (int t = 0; t < T; ++t) total[p][t] = fma(Dot::value(sum[p][t]), scale, total[p][t]);
+        }
+      }
+    }
+    if (s.offsets)
+GSM_UNROLL
+      for (int p = 0; p < P; ++p) {
+        const f32x16 offset = load(s.offsets + p * s.stride + (g - s.first) * 16);
+GSM_UNROLL
+        for (int t = 0; t < T; ++t)
+          total[p][t] = fma(-offset, set1(x.float_sums[g * T + t]), total[p][t]);
+      }
+  }
+GSM_UNROLL
+  for (int p = 0; p < P; ++p)
+GSM_UNROLL
+    for (int t = 0; t < T; ++t) store(totals + (t * P + p) * 16, total[p][t]);
+}
+
+}  // namespace gsm::GSM_LEVEL
