@@ -108,6 +108,13 @@ def attention(
     Online softmax (Milakov & Gimelshein 2018), cut only at fixed absolute positions.
     """
 
+def fwht(x: _F32, block: int, signs: _F32 | None = None, transpose: bool = False) -> None:
+    """Each ``block`` columns of x [M, width] become H (signs * x) / sqrt(block), in place; ``signs`` [width] is +-1.
+
+    H: Sylvester's matrix for a power of two, else Paley's H_K (x) H_2^m (x seen as [K, 2^m]) with the smallest fitting
+    K <= 172. ``transpose`` gives the inverse, signs * (H^T x) / sqrt(block). ``block`` is 2 to 2^20 and divides width.
+    """
+
 def sample(
     logits: _F32,
     recent: _I32,

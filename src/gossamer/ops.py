@@ -32,6 +32,7 @@ __all__ = [
     "attention",
     "decode_rows",
     "divergence",
+    "fwht",
     "gated",
     "isa",
     "isa_supported",
@@ -122,6 +123,7 @@ rope = _kernels.rope
 gated = _kernels.gated
 add = _kernels.add
 scale = _kernels.scale
+fwht = _kernels.fwht
 kv_write = _kernels.kv_write
 attention = _kernels.attention
 sample = _kernels.sample
