@@ -88,3 +88,4 @@ void rows_cases(bool team_only);
 void attention_cases(bool team_only);
 void sample_cases(bool team_only);
 void fwht_cases(bool team_only);
+void planes_cases(bool team_only);

@@ -71,7 +71,7 @@ def trim(sums, rows):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("cols", [1, 15, 63, 64, 65, 200])
-@pytest.mark.parametrize("tokens", [1, 3, 5, 21])
+@pytest.mark.parametrize("tokens", [1, 5, 21])
 def test_random(bits, cols, tokens):
     rng = np.random.default_rng([bits, cols, tokens])
     for rows, group in [(1, 16), (16, 32), (37, 64), (80, 48), (20, 32768)]:
@@ -108,15 +108,13 @@ def test_every_width_of_activations(x_bits):
     check(codes, 3, x, 96, rng)
 
 
-@pytest.mark.parametrize("sums", [(-32, 31), (-33, 0), (0, 32)])
-def test_the_edge_of_narrow_tables(sums):
-    """Sums of four that just fit, and just do not fit, into a table of six bits."""
+@pytest.mark.parametrize("value", [-9, -8, 7, 8])
+def test_the_edge_of_narrow_tables(value):
+    """Activations that just fit, and just do not fit, into the four bits for which tables are narrow."""
     rng = np.random.default_rng(0)
-    codes = np.concatenate([rng.integers(0, 4, (16, 64)), np.full((16, 64), 3)])
-    x = np.zeros((2, 64), np.int8)
-    for total, at in zip(sums, (0, 4)):
-        whole, rest = divmod(abs(total), 4)
-        x[:, at : at + 4] = np.sign(total) * (whole + (np.arange(4) < rest))
+    codes = np.concatenate([rng.integers(0, 4, (16, 96)), np.full((16, 96), 3)])
+    x = rng.integers(-8, 8, (2, 96)).astype(np.int8)
+    x[1, 40:56] = value
     check(codes, 2, x, 64)
 
 

@@ -92,7 +92,7 @@ struct PlanesCall {
       }
     if (!known) refuse("the path '" + name + "' is unknown; it must be auto, mask, lookup, popcount or vpopcnt");
     if (name == "auto")
-      path = gsm::planes_best_path(w.bits, x.size(0), gsm::planes_narrow(values(), x.size(0), cols));
+      path = gsm::planes_best_path(w.bits, x.size(0), gsm::planes_of(values(), x.count()));
   }
   const int8_t* values() const { return static_cast<const int8_t*>(x.data()); }
 };

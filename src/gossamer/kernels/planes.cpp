@@ -11,6 +11,13 @@
 #include "planes_popcount.h"
 #include "team.h"
 
+// Inner loops stay functions of their own: inlined into one another, they run out of registers.
+#if defined(__GNUC__)
+#define GSM_APART __attribute__((noinline))
+#else
+#define GSM_APART
+#endif
+
 namespace gsm::GSM_LEVEL {
 namespace {
 
@@ -19,23 +26,25 @@ struct Finish {
   const PlanesInput& in;
   const PlanesOutput& out;
 
-  void operator()(int64_t token, int64_t panel, int64_t g, i32x16 acc) const {
+  // Group g of a panel is summed up. `total` [16] is the caller's from the first group to the last: the rows of y lie
+  // far apart, and often at the same place of the cache.
+  void operator()(int64_t token, int64_t panel, int64_t g, i32x16 acc, float* total) const {
     const int64_t groups = w.groups();
     if (out.sums) return store_ints(out.sums + ((token * w.panels() + panel) * groups + g) * 16, acc);
     const i32x16 value = acc * set1(w.step) - set1(w.zero * in.sums[token * groups + g]);
-    float* const y = out.y + token * w.rows + panel * 16;
+    const f32x16 scale = load(w.scales + (panel * groups + g) * 16);
+    const f32x16 sum = fma(scale, to_float(value), g ? load(total) : zero());
+    if (g < groups - 1) return store(total, sum);
     const int n = static_cast<int>(std::min<int64_t>(16, w.rows - panel * 16));
-    f32x16 total = fma(load(w.scales + (panel * groups + g) * 16), to_float(value), g ? load_first(y, n) : zero());
-    if (g == groups - 1) total = total * set1(in.scale[token]);
-    store_first(y, total, n);
+    store_first(out.y + token * w.rows + panel * 16, sum * set1(in.scale[token]), n);
   }
 };
 
 // ---------------------------------------------------------------- mask
 
-// acc[t][16] += 2^shift * the dot products of T tokens with B planes over `blocks` blocks.
+// acc[t][16] = the dot products of T tokens with B planes over `blocks` blocks, times 2^shift and added for shift > 0.
 template <int B, int T>
-void mask_run(const uint8_t* const* planes, int64_t blocks, const int8_t* x, int64_t stride, int shift, int32_t* acc) {
+GSM_APART void mask_run(const uint8_t* const* planes, int64_t blocks, const int8_t* x, int shift, int32_t* acc) {
   constexpr int kChains = T == 1 ? 4 : 1;  // independent sums hide the latency of the dot product
   i32x16 sums[T][kChains];
   for (int t = 0; t < T; ++t)
@@ -48,56 +57,51 @@ void mask_run(const uint8_t* const* planes, int64_t blocks, const int8_t* x, int
       for (int b = 0; b < B; ++b) codes = add_where(codes, planes[b] + 32 * k + 8 * h, 1 << b);
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t)
-        sums[t][h % kChains] = dot4(sums[t][h % kChains], codes, x + t * stride + 16 * k + 4 * h);
+        sums[t][h % kChains] = dot4(sums[t][h % kChains], codes, x + ((4 * k + h) * T + t) * 4);
     }
   }
   for (int t = 0; t < T; ++t) {
     i32x16 total = sums[t][0];
     for (int c = 1; c < kChains; ++c) total = total + sums[t][c];
-    store_ints(acc + 16 * t, load_ints(acc + 16 * t) + shift_left(total, shift));
+    store_ints(acc + 16 * t, shift ? load_ints(acc + 16 * t) + shift_left(total, shift) : total);
   }
 }
 
 template <int T>
-void mask_bits(int bits, const uint8_t* const* planes, int64_t blocks, const int8_t* x, int64_t stride, int32_t* acc) {
+void mask_bits(int bits, const uint8_t* const* planes, int64_t blocks, const int8_t* x, int32_t* acc) {
   for (int shift = 0; shift < bits;) {
     const int b = bits <= kMaxMaskBits ? bits : std::min(4, bits - shift);
     const uint8_t* const* p = planes + shift;
     switch (b) {
-      case 1: mask_run<1, T>(p, blocks, x, stride, shift, acc); break;
-      case 2: mask_run<2, T>(p, blocks, x, stride, shift, acc); break;
-      case 3: mask_run<3, T>(p, blocks, x, stride, shift, acc); break;
-      case 4: mask_run<4, T>(p, blocks, x, stride, shift, acc); break;
-      case 5: mask_run<5, T>(p, blocks, x, stride, shift, acc); break;
-      case 6: mask_run<6, T>(p, blocks, x, stride, shift, acc); break;
-      case 7: mask_run<7, T>(p, blocks, x, stride, shift, acc); break;
-      default: mask_run<kMaxMaskBits, T>(p, blocks, x, stride, shift, acc); break;
+      case 1: mask_run<1, T>(p, blocks, x, shift, acc); break;
+      case 2: mask_run<2, T>(p, blocks, x, shift, acc); break;
+      case 3: mask_run<3, T>(p, blocks, x, shift, acc); break;
+      case 4: mask_run<4, T>(p, blocks, x, shift, acc); break;
+      case 5: mask_run<5, T>(p, blocks, x, shift, acc); break;
+      case 6: mask_run<6, T>(p, blocks, x, shift, acc); break;
+      case 7: mask_run<7, T>(p, blocks, x, shift, acc); break;
+      default: mask_run<kMaxMaskBits, T>(p, blocks, x, shift, acc); break;
     }
     shift += b;
   }
 }
 
 void mask_panels(const Planes& w, const PlanesInput& in, int64_t first, int64_t last, const Finish& finish) {
-#if defined(__AVX512F__)
-  constexpr int kTile = 16;
-#else
-  constexpr int kTile = 4;
-#endif
   const int64_t stride = w.blocks() * 16;
+  auto* const totals = static_cast<float*>(thread_scratch(0, static_cast<size_t>(in.tokens) * 64));
   for (int64_t p = first; p < last; ++p)
     for (int64_t g = 0; g < w.groups(); ++g) {
       const int64_t begin = g * w.group_blocks(), blocks = w.last_block(g) - begin;
       const uint8_t* planes[8];
       for (int b = 0; b < w.bits; ++b) planes[b] = w.plane[b] + (p * w.blocks() + begin) * 32;
       for (int64_t t = 0; t < in.tokens;) {
-        alignas(64) int32_t acc[kTile * 16] = {};
-        const int64_t left = in.tokens - t;
-        const int8_t* x = in.x + t * stride + begin * 16;
-        const int tile = left >= kTile ? kTile : left >= 4 ? 4 : 1;
-        if (tile == 1) mask_bits<1>(w.bits, planes, blocks, x, stride, acc);
-        else if (tile == 4) mask_bits<4>(w.bits, planes, blocks, x, stride, acc);
-        else mask_bits<kTile>(w.bits, planes, blocks, x, stride, acc);
-        for (int i = 0; i < tile; ++i) finish(t + i, p, g, load_ints(acc + 16 * i));
+        alignas(64) int32_t acc[kPlanesTile * 16];
+        const int tile = planes_tile(in.tokens - t, in.most);
+        const int8_t* x = in.x + t * stride + begin * 16 * tile;
+        if (tile == 1) mask_bits<1>(w.bits, planes, blocks, x, acc);
+        else if (tile == 4) mask_bits<4>(w.bits, planes, blocks, x, acc);
+        else mask_bits<kPlanesTile>(w.bits, planes, blocks, x, acc);
+        for (int i = 0; i < tile; ++i) finish(t + i, p, g, load_ints(acc + 16 * i), totals + 16 * (t + i));
         t += tile;
       }
     }
@@ -115,7 +119,7 @@ template <bool Narrow> struct Table {
 
 // acc[s][t] = the sums over `blocks` blocks of S streams (planes of one panel, or of several) for T tokens.
 template <int S, int T, bool Narrow>
-void lookup_run(const uint8_t* const* streams, int64_t blocks, const uint8_t* tables, int64_t stride, i32x16 (*acc)[T]) {
+GSM_APART void lookup_run(const uint8_t* const* streams, int64_t blocks, const uint8_t* tables, int64_t stride, i32x16 (*acc)[T]) {
   using Entry = Table<Narrow>;
   for (int s = 0; s < S; ++s)
     for (int t = 0; t < T; ++t) acc[s][t] = set1(static_cast<int32_t>(-Entry::kBias * blocks));
@@ -177,10 +181,10 @@ void lookup_some(int count, const uint8_t* const* streams, int bits, int shift, 
 }
 
 // T tokens from `token` on. Columns are cut so that the tables of a cut stay in the first-level cache while the panels
-// pass by; the integers of an unfinished group wait in `carry` [panels][T][16].
+// pass by; the integers of an unfinished group wait in `carry` [panels][T][16], the sums over groups in `totals`.
 template <int T, bool Narrow>
 void lookup_tokens(const Planes& w, const PlanesInput& in, int64_t token, int64_t first, int64_t last, int32_t* carry,
-                   const Finish& finish) {
+                   float* totals, const Finish& finish) {
   constexpr int64_t kSize = Table<Narrow>::kSize, kCut = 16384 / (kSize * T);
   const int64_t all = w.blocks(), stride = all * kSize;
   const uint8_t* const tables = in.tables + token * stride;
@@ -203,7 +207,8 @@ void lookup_tokens(const Planes& w, const PlanesInput& in, int64_t token, int64_
         }
         if (end == w.last_block(g)) {
           for (int64_t i = 0; i < panels; ++i)
-            for (int t = 0; t < T; ++t) finish(token + t, p + i, g, load_ints(sums + (i * T + t) * 16));
+            for (int t = 0; t < T; ++t)
+              finish(token + t, p + i, g, load_ints(sums + (i * T + t) * 16), totals + ((p - first + i) * T + t) * 16);
           std::fill(sums, sums + panels * T * 16, 0);
         }
         k = end;
@@ -215,10 +220,30 @@ void lookup_tokens(const Planes& w, const PlanesInput& in, int64_t token, int64_
 
 template <bool Narrow>
 void lookup_panels(const Planes& w, const PlanesInput& in, int64_t first, int64_t last, const Finish& finish) {
-  auto* const carry = static_cast<int32_t*>(thread_scratch(0, static_cast<size_t>(last - first) * 4 * 64));
+  const int64_t n = (last - first) * 4 * 16;
+  auto* const carry = static_cast<int32_t*>(thread_scratch(0, static_cast<size_t>(n) * 4));
+  auto* const totals = static_cast<float*>(thread_scratch(1, static_cast<size_t>(n) * 4));
   int64_t t = 0;
-  for (; t + 4 <= in.tokens; t += 4) lookup_tokens<4, Narrow>(w, in, t, first, last, carry, finish);
-  for (; t < in.tokens; ++t) lookup_tokens<1, Narrow>(w, in, t, first, last, carry, finish);
+  for (; t + 4 <= in.tokens; t += 4) lookup_tokens<4, Narrow>(w, in, t, first, last, carry, totals, finish);
+  for (; t < in.tokens; ++t) lookup_tokens<1, Narrow>(w, in, t, first, last, carry, totals, finish);
+}
+
+// Entry e: the bias and those of four activations whose bit is set in e.
+inline void sums_of_four(const int8_t* x, int bias, uint16_t* sums) {
+#if defined(__AVX2__)
+  const auto where = [](int bit, int16_t value) {
+    const __m256i entry = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m256i mask = _mm256_set1_epi16(static_cast<int16_t>(bit));
+    return _mm256_and_si256(_mm256_cmpeq_epi16(_mm256_and_si256(entry, mask), mask), _mm256_set1_epi16(value));
+  };
+  const __m256i low = _mm256_add_epi16(where(1, x[0]), where(2, x[1]));
+  const __m256i high = _mm256_add_epi16(where(4, x[2]), where(8, x[3]));
+  const __m256i biased = _mm256_add_epi16(_mm256_add_epi16(low, high), _mm256_set1_epi16(static_cast<int16_t>(bias)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), biased);
+#else
+  for (int e = 0; e < 16; ++e)
+    sums[e] = static_cast<uint16_t>(bias + (e & 1) * x[0] + (e >> 1 & 1) * x[1] + (e >> 2 & 1) * x[2] + (e >> 3) * x[3]);
+#endif
 }
 
 // ---------------------------------------------------------------- popcount
@@ -229,6 +254,7 @@ void popcount_panels(const Planes& w, const PlanesInput& in, int64_t first, int6
   alignas(64) uint64_t rows[kCut * 16];
   const Count count = count_of<Instruction>(in.x_bits);
   auto* const totals = static_cast<int64_t*>(thread_scratch(0, static_cast<size_t>(in.tokens) * 128));
+  auto* const floats = static_cast<float*>(thread_scratch(1, static_cast<size_t>(in.tokens) * 64));
   for (int64_t p = first; p < last; ++p)
     for (int64_t g = 0; g < w.groups(); ++g) {
       std::fill(totals, totals + in.tokens * 16, 0);
@@ -245,7 +271,7 @@ void popcount_panels(const Planes& w, const PlanesInput& in, int64_t first, int6
       for (int64_t t = 0; t < in.tokens; ++t) {
         alignas(64) int32_t acc[16];
         for (int r = 0; r < 16; ++r) acc[r] = static_cast<int32_t>(totals[16 * t + r / 2 + r % 2 * 8]);
-        finish(t, p, g, load_ints(acc));
+        finish(t, p, g, load_ints(acc), floats + 16 * t);
       }
     }
 }
@@ -253,18 +279,15 @@ void popcount_panels(const Planes& w, const PlanesInput& in, int64_t first, int6
 }  // namespace
 
 void planes_tables(const int8_t* x, int64_t blocks, bool narrow, uint8_t* tables) {
-  for (int64_t k = 0; k < blocks; ++k, x += 16, tables += narrow ? 64 : 128)
-    for (int h = 0; h < 4; ++h) {
-      const int8_t* a = x + 4 * h;
-      int16_t sums[16];
-      for (int e = 0; e < 16; ++e)
-        sums[e] = static_cast<int16_t>((narrow ? 32 : 512) + (e & 1) * a[0] + (e >> 1 & 1) * a[1] + (e >> 2 & 1) * a[2] +
-                                       (e >> 3) * a[3]);
-      uint8_t* const low = tables + 16 * h;
-      for (int e = 0; e < 16; ++e) low[e] = static_cast<uint8_t>(narrow ? sums[e] : sums[e] & 31);
-      if (!narrow)
-        for (int e = 0; e < 16; ++e) low[64 + e] = static_cast<uint8_t>(sums[e] >> 5);
-    }
+  for (int64_t k = 0; k < blocks; ++k, x += 16, tables += narrow ? 64 : 128) {
+    uint16_t sums[4][16];  // never negative: the bias is larger than any sum
+    const int bias = narrow ? 32 : 512;
+    for (int h = 0; h < 4; ++h) sums_of_four(x + 4 * h, bias, sums[h]);
+    const uint16_t* const all = sums[0];
+    for (int e = 0; e < 64; ++e) tables[e] = static_cast<uint8_t>(narrow ? all[e] : all[e] & 31);
+    if (!narrow)
+      for (int e = 0; e < 64; ++e) tables[64 + e] = static_cast<uint8_t>(all[e] >> 5);
+  }
 }
 
 void planes_words(const int8_t* x, int64_t blocks, uint64_t* words) {

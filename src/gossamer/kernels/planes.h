@@ -38,14 +38,19 @@ struct Planes {
   int64_t plane_bytes() const { return panels() * blocks() * 32; }
 };
 
+constexpr int kPlanesTile = 16;
+// Tokens multiplied together: the size of the next tile when so many are left. `most` is 16, or 4 with few registers.
+inline int planes_tile(int64_t left, int most) { return left >= most ? most : left >= 4 ? 4 : 1; }
+
 // The activations of a call as each route reads them.
 struct PlanesInput {
   int64_t tokens = 0;
-  const int8_t* x = nullptr;         // [tokens][blocks * 16], zero past the last column
+  const int8_t* x = nullptr;         // mask: [tile][blocks * 4][tokens of the tile][4], zero past the last column
+  int most = kPlanesTile;            // mask: tokens in a tile
   const int32_t* sums = nullptr;     // [tokens][groups] of x
   const float* scale = nullptr;      // [tokens]
   const uint8_t* tables = nullptr;   // lookup: [tokens][blocks][1 or 2][4 words][16]
-  bool narrow = false;               // lookup: one table of 6 bits instead of two of 5
+  bool narrow = false;               // lookup: x has 4 bits at most: one table of 6 bits instead of two of 5
   const uint64_t* words = nullptr;   // popcount: [tokens][groups][words of a group][8 planes]
   int x_bits = 8;                    // popcount: planes of x in use, two's complement
   int64_t group_words = 0;           // words of 64 columns in a group
@@ -65,9 +70,9 @@ GSM_DECLARE(void planes_panels(const Planes& w, PlanesPath path, const PlanesInp
 // Whether this machine and the current level can take the path.
 bool planes_path_runs(PlanesPath path);
 // The path that was the fastest where it was measured (benchmarks/kernels/planes.py) among those that run.
-PlanesPath planes_best_path(int bits, int64_t tokens, bool narrow);
-// Whether every sum of some of four activations lies within -32..31: int4 activations do.
-bool planes_narrow(const int8_t* x, int64_t tokens, int64_t cols);
+PlanesPath planes_best_path(int bits, int64_t tokens, int x_bits);
+// The bits of two's complement that n values need, 1..8.
+int planes_of(const int8_t* x, int64_t n);
 
 // y [tokens][rows] of x [tokens][cols] with one scale a token; every path gives the same bits. Runs on the team.
 void planes_linear(const Planes& w, PlanesPath path, const int8_t* x, const float* x_scale, int64_t tokens, float* y);

@@ -27,14 +27,7 @@ template <class T, int Slot> T* held(int64_t n) {
   return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
 }
 
-// The planes that two's complement needs for every value.
-int planes_of(const int8_t* x, int64_t n) {
-  int seen = 0;
-  for (int64_t i = 0; i < n; ++i) seen |= x[i] < 0 ? ~x[i] : x[i];
-  int bits = 1;
-  while (seen >> (bits - 1)) ++bits;
-  return bits;
-}
+constexpr int64_t kPiece = 64;  // blocks
 
 void run(const Planes& w, PlanesPath path, const int8_t* x, const float* x_scale, int64_t tokens,
          const PlanesOutput& out) {
@@ -43,33 +36,50 @@ void run(const Planes& w, PlanesPath path, const int8_t* x, const float* x_scale
   PlanesInput in;
   in.tokens = tokens;
   in.scale = x_scale;
-  int8_t* const padded = held<int8_t, 0>(tokens * stride);
-  int32_t* const sums = held<int32_t, 1>(tokens * groups);
-  in.x = padded;
+  int32_t* const sums = held<int32_t, 0>(tokens * groups);
   in.sums = sums;
+  int8_t* tiles = nullptr;
   uint8_t* tables = nullptr;
   uint64_t* words = nullptr;
-  if (path == PlanesPath::lookup) {
-    in.narrow = planes_narrow(x, tokens, w.cols);
+  if (path == PlanesPath::mask) {
+    in.most = current_level() >= Level::avx512 ? kPlanesTile : 4;
+    in.x = tiles = held<int8_t, 1>(tokens * stride);
+  } else if (path == PlanesPath::lookup) {
+    in.narrow = planes_of(x, tokens * w.cols) <= 4;
     in.tables = tables = held<uint8_t, 2>(tokens * blocks * (in.narrow ? 64 : 128));
-  } else if (path != PlanesPath::mask) {
+  } else {
     in.x_bits = planes_of(x, tokens * w.cols);
     in.group_words = (std::min(w.group_blocks(), blocks) + 3) / 4;
     in.words = words = held<uint64_t, 3>(tokens * groups * in.group_words * 8);
   }
-  // Prepared in pieces of a token and a group, so that one token with many columns keeps every thread busy.
+  // Prepared in pieces of a token and at most 64 blocks of a group, through a copy padded with zeros.
+  const auto piece = [&](int64_t t, int64_t g, int64_t first, int64_t n) {
+    alignas(64) int8_t columns[kPiece * 16];
+    const int64_t count = std::min(w.cols - first * 16, n * 16);
+    std::memcpy(columns, x + t * w.cols + first * 16, static_cast<size_t>(count));
+    std::memset(columns + count, 0, static_cast<size_t>(n * 16 - count));
+    if (tables) tables_of(columns, n, in.narrow, tables + (t * blocks + first) * (in.narrow ? 64 : 128));
+    if (words)
+      words_of(columns, n, words + ((t * groups + g) * in.group_words + (first - g * w.group_blocks()) / 4) * 8);
+    if (tiles) {
+      const int64_t full = tokens / in.most * in.most, fours = full + (tokens - full) / 4 * 4;
+      const int64_t tile = t < full ? in.most : t < fours ? 4 : 1;
+      const int64_t start = t < full ? t / tile * tile : t < fours ? full + (t - full) / 4 * 4 : t;
+      int8_t* const to = tiles + start * stride + first * 16 * tile + (t - start) * 4;
+      if (tile == 1) std::memcpy(to, columns, static_cast<size_t>(n) * 16);
+      else
+        for (int64_t k = 0; k < n * 4; ++k) std::memcpy(to + k * tile * 4, columns + k * 4, 4);
+    }
+    int32_t sum = 0;
+    for (int64_t k = 0; k < count; ++k) sum += columns[k];
+    return sum;
+  };
   const auto prepare = [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
-      const int64_t t = at / groups, g = at % groups, first = g * w.group_blocks(), n = w.last_block(g) - first;
-      const int64_t columns = std::min(w.cols - first * 16, n * 16);
-      int8_t* const to = padded + t * stride + first * 16;
-      std::memcpy(to, x + t * w.cols + first * 16, static_cast<size_t>(columns));
-      std::memset(to + columns, 0, static_cast<size_t>(n * 16 - columns));
-      int32_t sum = 0;
-      for (int64_t k = 0; k < columns; ++k) sum += to[k];
-      sums[at] = sum;
-      if (tables) tables_of(to, n, in.narrow, tables + (t * blocks + first) * (in.narrow ? 64 : 128));
-      if (words) words_of(to, n, words + at * in.group_words * 8);
+      const int64_t t = at / groups, g = at % groups;
+      sums[at] = 0;
+      for (int64_t first = g * w.group_blocks(); first < w.last_block(g); first += kPiece)
+        sums[at] += piece(t, g, first, std::min(kPiece, w.last_block(g) - first));
     }
   };
   team_share(tokens * groups, tokens * stride * 4, prepare);
@@ -89,22 +99,17 @@ bool planes_path_runs(PlanesPath path) {
 #endif
 }
 
-PlanesPath planes_best_path(int bits, int64_t tokens, bool narrow) {
-  (void)bits, (void)tokens, (void)narrow;
-  return PlanesPath::mask;
+int planes_of(const int8_t* x, int64_t n) {
+  int8_t seen = 0;
+  for (int64_t i = 0; i < n; ++i) seen = static_cast<int8_t>(seen | (x[i] ^ x[i] >> 7));
+  int bits = 1;
+  while (seen >> (bits - 1)) ++bits;
+  return bits;
 }
 
-bool planes_narrow(const int8_t* x, int64_t tokens, int64_t cols) {
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t k = 0; k < cols; k += 4) {
-      int low = 0, high = 0;
-      for (int64_t i = k; i < std::min(cols, k + 4); ++i) {
-        const int v = x[t * cols + i];
-        (v < 0 ? low : high) += v;
-      }
-      if (low < -32 || high > 31) return false;
-    }
-  return true;
+PlanesPath planes_best_path(int bits, int64_t tokens, int x_bits) {
+  (void)bits, (void)tokens, (void)x_bits;
+  return PlanesPath::mask;
 }
 
 void planes_linear(const Planes& w, PlanesPath path, const int8_t* x, const float* x_scale, int64_t tokens, float* y) {
