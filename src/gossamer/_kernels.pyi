@@ -136,9 +136,7 @@ def planes_linear(
     of ``planes_paths()``: each gives the same bits.
     """
 
-def planes_sums(
-    planes: list[_U8], rows: int, cols: int, group: int, x: _I8, out: _I32, path: str = "auto"
-) -> None:
+def planes_sums(planes: list[_U8], rows: int, cols: int, group: int, x: _I8, out: _I32, path: str = "auto") -> None:
     """out [M, panels, groups, 16] = the exact sums of code * x over each group."""
 
 def planes_paths() -> list[str]:

@@ -118,7 +118,11 @@ def test_the_edge_of_narrow_tables(value):
     check(codes, 2, x, 64)
 
 
-FORMS = {"int": (1, lambda bits: 2 ** (bits - 1)), "uint": (1, lambda bits: 0), "bipolar": (2, lambda bits: 2**bits - 1)}
+FORMS = {
+    "int": (1, lambda bits: 2 ** (bits - 1)),
+    "uint": (1, lambda bits: 0),
+    "bipolar": (2, lambda bits: 2**bits - 1),
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -174,9 +178,7 @@ def test_special_scales():
         ops.planes_linear(pack(codes, 1), 16, 32, 32, np.zeros(16, np.float32), 1, 2, x, x_scale, out, path)
         assert not out[0].any()
         assert np.isnan(out[1]).all()
-        ops.planes_linear(
-            pack(codes, 1), 16, 32, 32, np.ones(16, np.float32), 1, 2, x[:0], x_scale[:0], out[:0], path
-        )
+        ops.planes_linear(pack(codes, 1), 16, 32, 32, np.ones(16, np.float32), 1, 2, x[:0], x_scale[:0], out[:0], path)
 
 
 def test_the_instruction_is_asked_for(level):

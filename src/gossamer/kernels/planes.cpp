@@ -3,8 +3,9 @@
 // Integers are exact within a group, in whatever order; groups are added in ascending order in float32. So every path,
 // batch size and number of threads gives the same bits.
 // Bound: 1/8 byte of memory a bit of a weight; at few bits and one token the instructions of each path, counted below
-// for 256 one-bit weights of one token at 512 bits, come first: mask 12 (bits 1: 4 loads of a mask, 4 selections, 4 dot
-// products), lookup 8 (wide) or 6 (narrow), popcount 1.5 x planes of x + 2.
+// for 256 one-bit weights of one token at 512 bits, come first: mask 16 (for each 64: a mask, a selection, a broadcast,
+// a dot product; all but the dot product are shared by a tile of tokens), lookup 8 (two tables) or 6 (one), popcount
+// 1.5 for each plane of x and 2 more.
 #include "planes.h"
 
 #include "planes_bytes.h"

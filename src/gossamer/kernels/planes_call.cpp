@@ -108,8 +108,13 @@ int planes_of(const int8_t* x, int64_t n) {
 }
 
 PlanesPath planes_best_path(int bits, int64_t tokens, int x_bits) {
-  (void)bits, (void)tokens, (void)x_bits;
-  return PlanesPath::mask;
+  // Four tokens share the bytes that the mask path makes; a lookup costs each token the same.
+  const bool few = tokens < 4, narrow = x_bits <= 4;
+  const Level level = current_level();
+  if (level == Level::scalar) return few || narrow ? PlanesPath::popcount : PlanesPath::mask;
+  const bool lookup = level == Level::avx2 ? few || bits == 1 || (narrow && bits <= 4)
+                                           : (bits == 1 && (few || narrow)) || (bits == 2 && few && narrow);
+  return lookup ? PlanesPath::lookup : PlanesPath::mask;
 }
 
 void planes_linear(const Planes& w, PlanesPath path, const int8_t* x, const float* x_scale, int64_t tokens, float* y) {
