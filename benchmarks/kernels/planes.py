@@ -48,9 +48,8 @@ def main() -> None:
     bandwidth = ops.read_bandwidth(1 << 28, 1.0)
     print(f"{rows} x {cols}, kernels {ops.isa()}, {options.threads} threads, reads of memory {bandwidth:.1f} GB/s")
     paths = ops.planes_paths()
-    print(
-        f"| bits | x | tokens | {' | '.join(f'{p} ms' for p in paths)} | fastest | auto | G weights/s | GB/s | of reads |"
-    )
+    times = " | ".join(f"{p} ms" for p in paths)
+    print(f"| bits | x | tokens | {times} | fastest | auto | G weights/s | GB/s | of reads |")
     print("|" + " ---: |" * (len(paths) + 8))
     rng = np.random.default_rng(0)
     panels, groups = rows // 16, cols // GROUP

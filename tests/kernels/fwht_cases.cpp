@@ -55,7 +55,8 @@ void fwht_cases(bool team_only) {
   transform(130, 512, 256, true, false, random);
   if (team_only) return;
   for (int64_t order : {2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 12, 24, 48, 96, 192, 20, 28, 36, 72, 144, 576, 164})
-    for (int mode = 0; mode < 4; ++mode) transform(2, order <= 64 ? 3 * order : order, order, mode & 1, mode & 2, random);
+    for (int mode = 0; mode < 4; ++mode)
+      transform(2, order <= 64 ? 3 * order : order, order, mode & 1, mode & 2, random);
   for (int64_t order : {0, 1, 3, 6, 14, 52, 172, -2})
     check::expect(gsm::hadamard(order) == nullptr, [&] { return "a matrix of order " + std::to_string(order); });
 }

@@ -87,8 +87,9 @@ std::unique_ptr<Hadamard> make(int64_t order) {
   for (int i = 0; i < k; ++i)
     for (int j = 0; j < k; ++j) {
       const auto at = static_cast<size_t>(i * groups + j / 4);
-      if (h[static_cast<size_t>(i * k + j)] < 0) plan->rows[at] = static_cast<uint8_t>(plan->rows[at] | 1 << j % 4);
-      if (h[static_cast<size_t>(j * k + i)] < 0) plan->columns[at] = static_cast<uint8_t>(plan->columns[at] | 1 << j % 4);
+      const auto bit = static_cast<uint8_t>(1 << j % 4);
+      if (h[static_cast<size_t>(i * k + j)] < 0) plan->rows[at] |= bit;
+      if (h[static_cast<size_t>(j * k + i)] < 0) plan->columns[at] |= bit;
     }
   return plan;
 }

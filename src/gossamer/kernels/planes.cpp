@@ -4,7 +4,7 @@
 // batch size and number of threads gives the same bits.
 // Bound: 1/8 byte of memory a bit of a weight; at few bits and one token the instructions of each path, counted below
 // for 256 one-bit weights of one token at 512 bits, come first: mask 16 (for each 64: a mask, a selection, a broadcast,
-// a dot product; all but the dot product are shared by a tile of tokens), lookup 8 (two tables) or 6 (one), popcount
+// a dot product; a tile of tokens shares the first two), lookup 8 (two tables) or 6 (one), popcount
 // 1.5 for each plane of x and 2 more.
 #include "planes.h"
 
@@ -120,7 +120,8 @@ template <bool Narrow> struct Table {
 
 // acc[s][t] = the sums over `blocks` blocks of S streams (planes of one panel, or of several) for T tokens.
 template <int S, int T, bool Narrow>
-GSM_APART void lookup_run(const uint8_t* const* streams, int64_t blocks, const uint8_t* tables, int64_t stride, i32x16 (*acc)[T]) {
+GSM_APART void lookup_run(const uint8_t* const* streams, int64_t blocks, const uint8_t* tables, int64_t stride,
+                          i32x16 (*acc)[T]) {
   using Entry = Table<Narrow>;
   for (int s = 0; s < S; ++s)
     for (int t = 0; t < T; ++t) acc[s][t] = set1(static_cast<int32_t>(-Entry::kBias * blocks));
@@ -308,7 +309,8 @@ void planes_panels(const Planes& w, PlanesPath path, const PlanesInput& in, int6
   switch (path) {
     case PlanesPath::mask: return mask_panels(w, in, first, last, finish);
     case PlanesPath::lookup:
-      return in.narrow ? lookup_panels<true>(w, in, first, last, finish) : lookup_panels<false>(w, in, first, last, finish);
+      return in.narrow ? lookup_panels<true>(w, in, first, last, finish)
+                       : lookup_panels<false>(w, in, first, last, finish);
     case PlanesPath::popcount: return popcount_panels<false>(w, in, first, last, finish);
     case PlanesPath::vpopcnt: return popcount_panels<true>(w, in, first, last, finish);
   }

@@ -132,7 +132,8 @@ inline __m256i count_bits(__m256i a) {
 }
 #endif
 
-template <int A, bool> inline void count(const uint64_t* rows, int64_t n, const uint64_t* x, int shift, int64_t* total) {
+template <int A, bool>
+inline void count(const uint64_t* rows, int64_t n, const uint64_t* x, int shift, int64_t* total) {
 #if defined(__AVX2__)
   for (int part = 0; part < 16; part += 4) {  // four rows: one vector a plane of x
     __m256i sums[A];
