@@ -13,6 +13,7 @@ import numpy.typing as npt
 _F32 = npt.NDArray[np.float32]
 _F64 = npt.NDArray[np.float64]
 _I32 = npt.NDArray[np.int32]
+_I8 = npt.NDArray[np.int8]
 _U8 = npt.NDArray[np.uint8]
 _Pool = npt.NDArray[Any]  # float32, float16, bfloat16 as uint16, or int8 with scales
 
@@ -107,6 +108,39 @@ def attention(
     ``lse`` [M, heads] takes the natural log of the sum of exponentials, so that partial results can be merged.
     Online softmax (Milakov & Gimelshein 2018), cut only at fixed absolute positions.
     """
+
+def fwht(x: _F32, block: int, signs: _F32 | None = None, transpose: bool = False) -> None:
+    """Each ``block`` columns of x [M, width] become H (signs * x) / sqrt(block), in place; ``signs`` [width] is +-1.
+
+    H: Sylvester's matrix for a power of two, else Paley's H_K (x) H_2^m (x seen as [K, 2^m]) with the smallest fitting
+    K <= 172. ``transpose`` gives the inverse, signs * (H^T x) / sqrt(block). ``block`` is 2 to 2^20 and divides width.
+    """
+
+def planes_linear(
+    planes: list[_U8],
+    rows: int,
+    cols: int,
+    group: int,
+    scales: _F32,
+    zero: int,
+    step: int,
+    x: _I8,
+    x_scale: _F32,
+    out: _F32,
+    path: str = "auto",
+) -> None:
+    """out [M, rows] = x_scale [M] * sum over groups of scale * sum (step * code - zero) * x [M, cols].
+
+    ``planes`` holds one array a bit, the lowest first: see kernels/planes.h; ``scales`` [panels, groups, 16] is flat;
+    ``group`` is a multiple of 16 columns up to 32768; ``step`` is 1, or 2 for bipolar codes. ``path`` is "auto" or one
+    of ``planes_paths()``: each gives the same bits.
+    """
+
+def planes_sums(planes: list[_U8], rows: int, cols: int, group: int, x: _I8, out: _I32, path: str = "auto") -> None:
+    """out [M, panels, groups, 16] = the exact sums of code * x over each group."""
+
+def planes_paths() -> list[str]:
+    """The paths that this machine can take at the current level: "mask", "lookup", "popcount", perhaps "vpopcnt"."""
 
 def sample(
     logits: _F32,

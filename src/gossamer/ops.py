@@ -32,6 +32,7 @@ __all__ = [
     "attention",
     "decode_rows",
     "divergence",
+    "fwht",
     "gated",
     "isa",
     "isa_supported",
@@ -39,6 +40,9 @@ __all__ = [
     "linear",
     "make_weight",
     "nll",
+    "planes_linear",
+    "planes_paths",
+    "planes_sums",
     "probe_release",
     "read_bandwidth",
     "refuse",
@@ -122,10 +126,14 @@ rope = _kernels.rope
 gated = _kernels.gated
 add = _kernels.add
 scale = _kernels.scale
+fwht = _kernels.fwht
 kv_write = _kernels.kv_write
 attention = _kernels.attention
 sample = _kernels.sample
 nll = _kernels.nll
+planes_linear = _kernels.planes_linear
+planes_paths = _kernels.planes_paths
+planes_sums = _kernels.planes_sums
 divergence = _kernels.divergence
 read_bandwidth = _kernels.read_bandwidth
 probe_release = _kernels.probe_release

@@ -87,3 +87,5 @@ void linear_cases(bool team_only);
 void rows_cases(bool team_only);
 void attention_cases(bool team_only);
 void sample_cases(bool team_only);
+void fwht_cases(bool team_only);
+void planes_cases(bool team_only);

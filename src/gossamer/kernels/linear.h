@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "op.h"
 #include "weight.h"
 
 namespace gsm {
@@ -46,77 +47,112 @@ struct Sums {  // per segment of one length
   float* floats = nullptr;    // [tile][segment][T], in units of the token's scale
   float* scales = nullptr;    // [tile][segment][T], for inputs with a scale a group
 };
+struct Outlier {
+  int32_t column;
+  float value;
+};
 struct Form {
   Path path = Path::floats;
+  InputFormat input;
+  int64_t cols = 0, width = 0;     // width: a multiple of 16
   uint8_t* data = nullptr;
-  int64_t stride = 0;              // bytes a token
   float* token_scale = nullptr;    // [tokens]; null: 1
+  int32_t* outliers = nullptr;     // how many each token has; null: none are kept apart
+  Outlier* outlier = nullptr;      // [tokens][cols]
   std::vector<Sums> sums;
+  int64_t stride() const { return width * (path == Path::bytes ? 1 : path == Path::pairs ? 2 : 4); }  // bytes a token
 };
 
 // One token x [cols] into the form at its place in the tile. `q` is scratch of width floats.
-GSM_DECLARE(void prepare_token(const float* x, int64_t cols, int64_t width, const InputFormat& in, const Form& form,
-                               int64_t tokens, int64_t token, float* q))
+GSM_DECLARE(void prepare_token(const float* x, const Form& form, int64_t tokens, int64_t token, float* q))
 // out = x / sqrt(mean(x^2) + eps) * gain
 GSM_DECLARE(void normalize_token(const float* x, const float* gain, float eps, int64_t cols, float* out))
 
 // ---------------------------------------------------------------- panels
 
-struct PanelPart {
-  const Weight* weight;
-  const Form* form;
-  const Sums* sums;
+// Unstructured entries, sliced by panel: slot s of a panel has one entry for each of its 16 rows, ascending in column.
+struct Mask {
+  int64_t rows = 0, cols = 0;
+  const uint32_t* starts = nullptr;                     // [panels + 1] first slots
+  const uint8_t* index = nullptr;                       // [slot][16] columns, all ones: empty
+  int index_bytes = 2;
+  ScaleKind kind = ScaleKind::f16;                      // of the values; none: int8 + 128 with `scale`
+  const uint8_t* values = nullptr;                      // [slot][16]
+  float scale = 1;
 };
-// result [tokens][P * 16] (+)= the part's outputs for P panels, P at most panels_at_once.
+
+struct PanelPart {
+  const Weight* weight;  // or
+  const Mask* mask;
+  const Form* form;
+  const Sums* sums;      // of the weight
+};
 // Bytes of scratch that panel_totals needs.
-GSM_DECLARE(int64_t panel_scratch(int64_t tokens, const Weight& w, const Form& form, const Sums& sums))
+GSM_DECLARE(int64_t panel_scratch(int64_t tokens, const PanelPart& part))
+// result [tokens][P * 16] (+)= the part's outputs for P panels, P at most panels_at_once.
 GSM_DECLARE(void panel_totals(const PanelPart& part, int64_t panel, int P, int64_t tokens, float* result, bool add,
                               uint8_t* scratch))
 // Up to here memory sets the pace; above, arithmetic does.
 constexpr int64_t few_tokens() { return 3; }
 
 enum class Epilogue { store, add, silu, gelu, gelu_tanh };
-// y [tokens][ld] (+)= result + bias for rows [row, row + n); with a gate, y = act(result) * second.
-GSM_DECLARE(void emit(const float* result, const float* second, const float* bias, const float* second_bias,
-                      Epilogue epilogue, int64_t tokens, int64_t lanes, int64_t row, int64_t n, float* y, int64_t ld))
+// y [tokens][ld] (+)= result + bias for rows [row, row + n), or for the rows that `index` lists from there on; with a
+// gate, y = act(result) * second.
+struct Emission {
+  const float *result, *second, *bias, *second_bias;
+  const uint32_t* index;
+  Epilogue epilogue;
+  int64_t tokens, lanes, row, n;
+  float* y;
+  int64_t ld;
+};
+GSM_DECLARE(void emit(const Emission& e))
 
 // ---------------------------------------------------------------- the call
 
-struct LinearSite {
-  std::vector<const Weight*> parts;  // summed
+// What happens to a token before it is quantized for a part: in this order, each step optional.
+struct Step {
+  enum Kind { gather, multiply, hadamard } kind = gather;
+  const uint32_t* index = nullptr;  // gather: [n] columns
+  int64_t n = 0;
+  const float* factors = nullptr;   // multiply: [n]; hadamard: signs [n] or null
+  int64_t order = 0;                // hadamard
+};
+bool same_step(const Step& a, const Step& b, int64_t cols);
+
+struct Source {
+  const float* x = nullptr;  // [tokens][cols] of an array beside the call's own input; null: that input
+  int64_t cols = 0;          // before the steps
+  std::vector<Step> steps;
+};
+
+struct LinearPart {
+  const Weight* weight = nullptr;  // or
+  const Mask* mask = nullptr;
+  Source source;
   InputFormat input;
-  const float* bias = nullptr;
-  float* out = nullptr;              // [tokens][rows]
+  int64_t rows() const { return weight ? weight->rows : mask->rows; }
+  int64_t cols() const { return weight ? weight->cols : mask->cols; }
+};
+
+struct LinearSite {  // rows that are computed together
+  std::vector<LinearPart> parts;     // summed, in this order
+  const uint32_t* index = nullptr;   // where its rows lie in the output; null: as they come
+  const float* bias = nullptr;       // [ld]
+  float* out = nullptr;              // [tokens][ld]
+  int64_t ld = 0;
 };
 
 struct LinearSpec {
   const float* x = nullptr;          // [tokens][cols]
+  int64_t cols = 0;
   const float* gain = nullptr;       // RMSNorm first, when given
   float eps = 0;
   std::vector<LinearSite> sites;     // with a gate: two sites, act(first) * second into the first's out
   Epilogue epilogue = Epilogue::store;
 };
 
-// Work in two phases, 0 prepares tokens and 1 multiplies; all threads of the team call each, with a barrier between.
-class Linear {
- public:
-  explicit Linear(LinearSpec spec);
-  // Before the phases of a run, from one thread.
-  void reserve(int64_t tokens);
-  void run(int64_t tokens, int phase, int thread, int threads) const;
-  bool small(int64_t tokens) const;  // not worth waking a team
-
- private:
-  struct Use { int form, sums; };
-  LinearSpec spec_;
-  int64_t cols_ = 0, width_ = 0, panels_ = 0;
-  std::vector<InputFormat> formats_;
-  std::vector<Form> forms_;
-  std::vector<std::vector<Use>> uses_;  // [site][part]
-  uint8_t* arena_ = nullptr;
-};
-
-// Runs at once on the team.
-void linear(LinearSpec spec, int64_t tokens);
+// An op of two phases: 0 prepares tokens, 1 multiplies.
+std::unique_ptr<Op> linear_op(LinearSpec spec);
 
 }  // namespace gsm

@@ -78,23 +78,36 @@ void normalize_token(const float* x, const float* gain, float eps, int64_t cols,
   rmsnorm_row(x, gain, eps, out, cols);
 }
 
-void prepare_token(const float* x, int64_t cols, int64_t width, const InputFormat& in, const Form& form, int64_t tokens,
-                   int64_t token, float* q) {
+void prepare_token(const float* x, const Form& form, int64_t tokens, int64_t token, float* q) {
+  const InputFormat& in = form.input;
+  const int64_t cols = form.cols, width = form.width;
   const Tile tile = tile_of(tokens, token);
   const int64_t T = tile.end - tile.begin, t = token - tile.begin;
   const bool bytes = form.path == Path::bytes;
   const float* v = x;  // what is multiplied: rounded elements, or whole numbers
   float token_scale = 1.0f;
   const int64_t group = in.group ? in.group : cols;
-  static thread_local std::vector<float> group_scales;
+  static thread_local std::vector<float> group_scales, kept;
   if (in.integer()) {
+    if (in.outlier > 0) {
+      kept.assign(x, x + cols);
+      int32_t count = 0;
+      for (int64_t k = 0; k < cols; ++k)
+        if (std::fabs(x[k]) >= in.outlier) {
+          kept[static_cast<size_t>(k)] = 0.0f;
+          if (bytes) form.outlier[token * cols + count++] = {static_cast<int32_t>(k), x[k]};
+        }
+      if (bytes) form.outliers[token] = count;
+    }
+    const float* from = in.outlier > 0 ? kept.data() : x;
     const int64_t groups = (cols + group - 1) / group;
     if (static_cast<int64_t>(group_scales.size()) < groups) group_scales.resize(static_cast<size_t>(groups));
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t begin = g * group, n = std::min(cols, begin + group) - begin;
-      const float s = group_scales[static_cast<size_t>(g)] = quantize(x + begin, n, in, q + begin);
+      const float s = group_scales[static_cast<size_t>(g)] = quantize(from + begin, n, in, q + begin);
       if (!bytes)
-        for (int64_t k = begin; k < begin + n; ++k) q[k] = s == s ? s * q[k] : s;
+        for (int64_t k = begin; k < begin + n; ++k)
+          q[k] = in.outlier > 0 && std::fabs(x[k]) >= in.outlier ? x[k] : s == s ? s * q[k] : s;
     }
     v = q;
     if (bytes && !in.group) token_scale = group_scales[0];
@@ -104,7 +117,7 @@ void prepare_token(const float* x, int64_t cols, int64_t width, const InputForma
   }
   if (form.token_scale) form.token_scale[token] = token_scale;
 
-  uint8_t* data = form.data + tile.begin * form.stride + t * 4;
+  uint8_t* data = form.data + tile.begin * form.stride() + t * 4;
   switch (form.path) {
     case Path::bytes:
       for (int64_t k = 0; k < width; k += 4, data += 4 * T) {

@@ -11,7 +11,6 @@ struct Job {
   const PanelPart& part;
   int64_t panel, tokens;
   float* result;
-  bool add;
   float* scales;    // scratch for one chunk
   float* offsets;   // null when there are none
   uint8_t* codes;   // scratch for expanded codes
@@ -87,7 +86,7 @@ template <class Source, int P, class Open> void run_chunks(const Job& j, Values 
     for (int64_t i = 0; i < tiles; ++i) {
       const Tile t = tile_at(j.tokens, i);
       TileInput x;
-      x.data = form.data + t.begin * form.stride;
+      x.data = form.data + t.begin * form.stride();
       x.sums = sums.bytes ? sums.bytes + t.begin * sums.segments : nullptr;
       x.float_sums = sums.floats ? sums.floats + t.begin * sums.segments : nullptr;
       x.scales = sums.scales ? sums.scales + t.begin * sums.segments : nullptr;
@@ -220,34 +219,97 @@ inline int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 }  // namespace
 
 int max_tile() { return kMaxTile; }
+
 int panels_at_once(Path path, int64_t tokens) {
   // Bytes of one panel are one stream from memory; a float chain needs others beside it to hide its latency.
   if (tokens <= few_tokens()) return path == Path::bytes ? 1 : kMaxPanels;
   return kMaxPanels == 4 ? 2 : 1;
 }
 
-int64_t panel_scratch(int64_t tokens, const Weight& w, const Form& form, const Sums& sums) {
-  const int64_t segments = chunk_segments(tokens, form.path, sums);
-  const int64_t columns = std::min(segments * sums.length, w.width()) + 8;
-  const int64_t element = form.path == Path::bytes ? 2 : form.path == Path::pairs ? 2 : 4;
-  return 4 * (2 * segments * 64 + columns * 16 * element) + tokens * 256 + 256;
+int64_t panel_scratch(int64_t tokens, const PanelPart& part) {
+  int64_t bytes = tokens * 256 + 256;  // of totals, when they are added to others
+  if (!part.weight) return bytes;
+  const int64_t segments = chunk_segments(tokens, part.form->path, *part.sums);
+  const int64_t columns = std::min(segments * part.sums->length, part.weight->width()) + 8;
+  return bytes + 4 * (2 * segments * 64 + columns * 16 * (part.form->path == Path::floats ? 4 : 2));
 }
 
+namespace {
+
+// Adds the entries of one panel times the inputs: to [t * stride + 16 lanes].
+void mask_panel(const Mask& m, const Form& form, int64_t panel, int64_t tokens, float* to, int64_t stride) {
+  for (int64_t slot = m.starts[panel]; slot < m.starts[panel + 1]; ++slot) {
+    float value[16];
+    int64_t column[16];
+    for (int r = 0; r < 16; ++r) {
+      const int64_t at = slot * 16 + r;
+      uint32_t c = 0;
+      std::memcpy(&c, m.index + at * m.index_bytes, static_cast<size_t>(m.index_bytes));
+      column[r] = c == (m.index_bytes == 2 ? 0xFFFFu : 0xFFFFFFFFu) ? -1 : c;
+      switch (m.kind) {
+        case ScaleKind::f32: std::memcpy(&value[r], m.values + 4 * at, 4); break;
+        case ScaleKind::f16: value[r] = to_f32(reinterpret_cast<const f16*>(m.values)[at]); break;
+        case ScaleKind::bf16: value[r] = to_f32(reinterpret_cast<const bf16*>(m.values)[at]); break;
+        default: value[r] = m.scale * static_cast<float>(m.values[at] - 128);
+      }
+    }
+    for (int64_t i = 0; i < tile_count(tokens); ++i) {
+      const Tile tile = tile_at(tokens, i);
+      const int64_t T = tile.end - tile.begin;
+      const float* x = reinterpret_cast<const float*>(form.data + tile.begin * form.stride());
+      for (int r = 0; r < 16; ++r)
+        if (column[r] >= 0)
+          for (int64_t t = 0; t < T; ++t) {
+            float& y = to[(tile.begin + t) * stride + r];
+            y = y + value[r] * x[column[r] * T + t];
+          }
+    }
+  }
+}
+
+// Adds what was kept apart: each outlier times its decoded column. Tokens mostly share their columns.
+void add_outliers(const PanelPart& part, int64_t panel, int64_t tokens, float* to, int64_t stride) {
+  constexpr int64_t kSlots = 64;
+  alignas(64) float columns[kSlots][16];
+  int64_t held[kSlots];
+  std::fill(held, held + kSlots, int64_t{-1});
+  const Form& form = *part.form;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int32_t i = 0; i < form.outliers[t]; ++i) {
+      const Outlier& o = form.outlier[t * form.cols + i];
+      const int64_t slot = o.column % kSlots;
+      if (held[slot] != o.column) {
+        alignas(64) float eight[128];
+        decode_columns(*part.weight, panel, o.column / 8 * 8, o.column / 8 * 8 + 8, eight);
+        store(columns[slot], load(eight + 16 * (o.column % 8)));
+        held[slot] = o.column;
+      }
+      float* y = to + t * stride;
+      store(y, fma(load(columns[slot]), set1(o.value), load(y)));
+    }
+}
+
+}  // namespace
+
 void panel_totals(const PanelPart& part, int64_t panel, int P, int64_t tokens, float* result, bool add, uint8_t* scratch) {
+  const int64_t lanes = P * 16;
+  if (part.mask) {
+    if (!add) std::fill(result, result + tokens * lanes, 0.0f);
+    for (int p = 0; p < P; ++p) mask_panel(*part.mask, *part.form, panel + p, tokens, result + p * 16, lanes);
+    return;
+  }
   const int64_t segments = chunk_segments(tokens, part.form->path, *part.sums);
-  Job j{part, panel, tokens, result, add, nullptr, nullptr, nullptr};
+  Job j{part, panel, tokens, result, nullptr, nullptr, nullptr};
   j.scales = reinterpret_cast<float*>(scratch);
   scratch += aligned(P * segments * 64);
   if (need_offset(*part.weight, part.form->path == Path::bytes ? Values::bytes : Values::floats)) {
     j.offsets = reinterpret_cast<float*>(scratch);
     scratch += aligned(P * segments * 64);
   }
-  float* totals = result;
   if (add) {
-    totals = reinterpret_cast<float*>(scratch);
+    j.result = reinterpret_cast<float*>(scratch);
     scratch += aligned(tokens * P * 64);
   }
-  j.result = totals;
   j.codes = scratch;
   if (P == 1) any_path<1>(j);
   if constexpr (kMaxPanels >= 2) {
@@ -257,50 +319,59 @@ void panel_totals(const PanelPart& part, int64_t panel, int P, int64_t tokens, f
     if (P == 4) any_path<4>(j);
   }
   const float* token_scale = part.form->token_scale;
-  if (!token_scale && !add) return;
-  for (int64_t t = 0; t < tokens; ++t) {
-    const f32x16 s = set1(token_scale ? token_scale[t] : 1.0f);
-    for (int p = 0; p < P; ++p) {
-      const int64_t at = (t * P + p) * 16;
-      const f32x16 v = load(totals + at) * s;
-      store(result + at, add ? load(result + at) + v : v);
-    }
-  }
+  if (token_scale)
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t r = 0; r < lanes; r += 16) {
+        float* y = j.result + t * lanes + r;
+        store(y, load(y) * set1(token_scale[t]));
+      }
+  if (part.form->outliers)
+    for (int p = 0; p < P; ++p) add_outliers(part, panel + p, tokens, j.result + p * 16, lanes);
+  if (add)
+    for (int64_t i = 0; i < tokens * lanes; i += 16) store(result + i, load(result + i) + load(j.result + i));
 }
 
 namespace {
 
-template <class Act>
-void gate(const Act& act, const float* result, const float* second, const float* bias, const float* second_bias,
-          int64_t tokens, int64_t lanes, int64_t row, int64_t n, float* y, int64_t ld) {
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t r = 0; r < n; r += 16) {
-      const int m = static_cast<int>(std::min<int64_t>(16, n - r));
-      f32x16 a = load(result + t * lanes + r), b = load(second + t * lanes + r);
-      if (bias) a = a + load_first(bias + row + r, m);
-      if (second_bias) b = b + load_first(second_bias + row + r, m);
-      store_first(y + t * ld + row + r, act(a) * b, m);
+template <class Act> void gate(const Emission& e, const Act& act) {
+  for (int64_t t = 0; t < e.tokens; ++t)
+    for (int64_t r = 0; r < e.n; r += 16) {
+      const int m = static_cast<int>(std::min<int64_t>(16, e.n - r));
+      f32x16 a = load(e.result + t * e.lanes + r), b = load(e.second + t * e.lanes + r);
+      if (e.bias) a = a + load_first(e.bias + e.row + r, m);
+      if (e.second_bias) b = b + load_first(e.second_bias + e.row + r, m);
+      store_first(e.y + t * e.ld + e.row + r, act(a) * b, m);
+    }
+}
+
+void scatter(const Emission& e) {
+  for (int64_t t = 0; t < e.tokens; ++t)
+    for (int64_t r = 0; r < e.n; ++r) {
+      const int64_t row = e.index[e.row + r];
+      float v = e.result[t * e.lanes + r];
+      if (e.bias) v += e.bias[row];
+      float& y = e.y[t * e.ld + row];
+      y = e.epilogue == Epilogue::add ? y + v : v;
     }
 }
 
 }  // namespace
 
-void emit(const float* result, const float* second, const float* bias, const float* second_bias, Epilogue epilogue,
-          int64_t tokens, int64_t lanes, int64_t row, int64_t n, float* y, int64_t ld) {
-  const auto gated = [&](const auto& act) { gate(act, result, second, bias, second_bias, tokens, lanes, row, n, y, ld); };
-  switch (epilogue) {
-    case Epilogue::silu: return gated([](f32x16 a) { return silu(a); });
-    case Epilogue::gelu: return gated([](f32x16 a) { return gelu(a); });
-    case Epilogue::gelu_tanh: return gated([](f32x16 a) { return gelu_tanh(a); });
+void emit(const Emission& e) {
+  switch (e.epilogue) {
+    case Epilogue::silu: return gate(e, [](f32x16 a) { return silu(a); });
+    case Epilogue::gelu: return gate(e, [](f32x16 a) { return gelu(a); });
+    case Epilogue::gelu_tanh: return gate(e, [](f32x16 a) { return gelu_tanh(a); });
     default: break;
   }
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t r = 0; r < n; r += 16) {
-      const int m = static_cast<int>(std::min<int64_t>(16, n - r));
-      f32x16 v = load(result + t * lanes + r);
-      if (bias) v = v + load_first(bias + row + r, m);
-      float* at = y + t * ld + row + r;
-      if (epilogue == Epilogue::add) v = load_first(at, m) + v;
+  if (e.index) return scatter(e);
+  for (int64_t t = 0; t < e.tokens; ++t)
+    for (int64_t r = 0; r < e.n; r += 16) {
+      const int m = static_cast<int>(std::min<int64_t>(16, e.n - r));
+      f32x16 v = load(e.result + t * e.lanes + r);
+      if (e.bias) v = v + load_first(e.bias + e.row + r, m);
+      float* at = e.y + t * e.ld + e.row + r;
+      if (e.epilogue == Epilogue::add) v = load_first(at, m) + v;
       store_first(at, v, m);
     }
 }
