@@ -11,6 +11,7 @@ namespace nb = nanobind;
 void bind_linear(nb::module_& m);
 void bind_rows(nb::module_& m);
 void bind_attention(nb::module_& m);
+void bind_program(nb::module_& m);
 
 NB_MODULE(_kernels, m) {
   m.def("isa_supported", [] {
@@ -25,4 +26,5 @@ NB_MODULE(_kernels, m) {
   bind_linear(m);
   bind_rows(m);
   bind_attention(m);
+  bind_program(m);
 }

@@ -128,17 +128,21 @@ class Team {
   }
 
   void await(uint32_t seen) {
-    if (epoch_.load(std::memory_order_acquire) != seen) return;
+    if (moves(seen)) return;  // most waits end here, before the clock is read
     const auto end = std::chrono::steady_clock::now() + kSpin;
-    do {
-      for (int i = 0; i < kPausesPerLook; ++i) {
-        relax();
-        if (epoch_.load(std::memory_order_acquire) != seen) return;
-      }
-    } while (std::chrono::steady_clock::now() < end);
+    while (std::chrono::steady_clock::now() < end)
+      if (moves(seen)) return;
     sleepers_.fetch_add(1);
     while (epoch_.load() == seen) epoch_.wait(seen);
     sleepers_.fetch_sub(1, std::memory_order_relaxed);
+  }
+
+  bool moves(uint32_t seen) const {
+    for (int i = 0; i < kPausesPerLook; ++i) {
+      if (epoch_.load(std::memory_order_acquire) != seen) return true;
+      relax();
+    }
+    return false;
   }
 
   const int threads_;
