@@ -87,3 +87,4 @@ void linear_cases(bool team_only);
 void rows_cases(bool team_only);
 void attention_cases(bool team_only);
 void sample_cases(bool team_only);
+void program_cases(bool team_only);

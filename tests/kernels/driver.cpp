@@ -22,7 +22,7 @@ int main(int argc, char** argv) {
     void (*cases)(bool);
   };
   for (const Family& family : {Family{"linear", linear_cases}, Family{"rows", rows_cases}, Family{"sample", sample_cases},
-                               Family{"attention", attention_cases}}) {
+                               Family{"attention", attention_cases}, Family{"program", program_cases}}) {
     const long before = check::passed + check::failed;
     const auto start = std::chrono::steady_clock::now();
     family.cases(team_only);

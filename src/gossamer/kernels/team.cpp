@@ -9,6 +9,8 @@
 #include <mutex>
 #include <new>
 #include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -79,14 +81,16 @@ class Run {
 class Team {
  public:
   explicit Team(int threads) : threads_(threads) {
-    for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { serve(t); });
+    try {
+      for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { serve(t); });
+    } catch (const std::system_error&) {
+      dismiss();
+      throw std::runtime_error("the system does not start " + std::to_string(threads) +
+                               " threads for this process; use fewer");
+    }
   }
 
-  ~Team() {
-    run_ = nullptr;
-    advance();
-    for (auto& worker : workers_) worker.join();
-  }
+  ~Team() { dismiss(); }
 
   int threads() const { return threads_; }
 
@@ -99,6 +103,12 @@ class Team {
   }
 
  private:
+  void dismiss() {
+    run_ = nullptr;
+    advance();
+    for (auto& worker : workers_) worker.join();
+  }
+
   void serve(int t) {
     t_inside = true;
     for (uint32_t seen = 0;;) {
