@@ -71,7 +71,10 @@ def set_isa(name: str) -> None: ...
 def threads() -> int: ...
 def set_threads(n: int) -> None: ...
 def linear(x: _F32, weights: list[Weight], outs: list[_F32], input: str) -> None:
-    """(op) outs[i] [M, rows_i] = x [M, cols] W_i^T + b_i, the input rounded once to ``input`` (f32, bf16, int8/token)."""
+    """(op) outs[i] [M, rows_i] = x [M, cols] W_i^T + b_i.
+
+    The input is rounded once to ``input`` (f32, bf16, int8/token).
+    """
 
 def embed(weight: Weight, ids: _I32, out: _F32) -> None:
     """(op) out [M, cols] = rows ``ids`` [M] of the matrix."""

@@ -92,7 +92,6 @@ class KVPool:
     def give(self, blocks: list[int]) -> None:
         self._free.extend(reversed(blocks))
 
-
     def take_row(self) -> int:
         if not self._rows:
             raise ResourceError(f"the store holds {len(self.tables)} sequences already; close one first.")

@@ -273,8 +273,10 @@ class LLM:
         return self._run_batch(sequences, list(self._checked(tokens).reshape(-1, 1)))
 
     def _run_batch(self, sequences: Sequence[KVSequence], parts: list[I32]) -> F32:
-        if len(sequences) != len(parts):
-            raise UsageError(f"{len(sequences)} sequences and tokens for {len(parts)} were given; give one part each.")
+        if not parts or len(sequences) != len(parts):
+            raise UsageError(
+                f"{len(sequences)} sequences and tokens for {len(parts)} were given; give as many, and at least one."
+            )
         pool = sequences[0].pool
         if any(s.pool is not pool for s in sequences) or len({s.row for s in sequences}) != len(sequences):
             raise UsageError("a batch needs sequences of one store, each given once; make them with new_batch.")
@@ -379,7 +381,9 @@ class LLM:
         self._sequence.truncate(shared)
         self._stored = self._stored[:shared]
         started = time.perf_counter()
-        *_, hidden = self._advance(prompt[shared:], progress)  # at least the last prompt token is always computed
+        *_, hidden = self._advance(
+            prompt[shared:], self._sequence, progress
+        )  # at least the last prompt token is always computed
         result.computed_tokens = len(prompt) - shared
         text = self.tokenizer.stream()
         history = list(prompt)
@@ -403,7 +407,7 @@ class LLM:
                 if len(history) >= self.context:
                     result.finish = "context"
                     break
-                (hidden,) = self._advance([token])
+                (hidden,) = self._advance([token], self._sequence)
                 logits = self.transformer.logits(hidden, copy=False)[0]
                 token = self._sample(logits, history, sampling, len(result.tokens))
                 result.decode_s = time.perf_counter() - first
@@ -415,9 +419,9 @@ class LLM:
             result.finish = result.finish or "cancelled"
             raise
 
-    def _advance(self, tokens: list[int], progress: Progress | None = None) -> Iterator[F32]:
+    def _advance(self, tokens: list[int], sequence: KVSequence, progress: Progress | None = None) -> Iterator[F32]:
         done = 0
-        for hidden in self._feed(np.array(tokens, np.int32), self._sequence):
+        for hidden in self._feed(np.array(tokens, np.int32), sequence):
             self._stored += tokens[done : done + len(hidden)]
             done += len(hidden)
             if progress:

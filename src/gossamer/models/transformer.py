@@ -248,9 +248,7 @@ def _normed_linear(h: F32, norm: _Norm, sites: list[Runner], outs: list[F32], x:
     linear(sites, x, outs)
 
 
-def _gated_linear(
-    h: F32, norm: _Norm, sites: list[Runner], activation: str, gate: F32, up: F32, x: F32
-) -> None:
+def _gated_linear(h: F32, norm: _Norm, sites: list[Runner], activation: str, gate: F32, up: F32, x: F32) -> None:
     """gate = act(gate site of norm(h)) * (up site of norm(h))."""
     _normed_linear(h, norm, sites, [gate, up], x)
     ops.gated(activation, gate, up, gate)
