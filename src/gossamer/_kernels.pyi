@@ -3,6 +3,8 @@
 Every array is C-contiguous. M counts tokens; activations are float32. A wrong type, shape, index or option is a
 ValueError or TypeError and nothing is written. The interpreter lock is released while a kernel runs. Results are
 bitwise the same for any number of threads, and for a token in whatever batch or chunk it comes.
+
+Functions marked (op) can be recorded in a ``Program``; the others refuse to be called while one is.
 """
 
 from typing import Any
@@ -41,6 +43,25 @@ class Weight:
     def refuse(self, input: str) -> str | None:
         """Why no kernel multiplies this weight with inputs of this format, or None."""
 
+class Program:
+    """A list of ops over arrays that it keeps; made by ``ops.record``."""
+
+    def __init__(self, capacity: int) -> None: ...
+    def begin(self) -> None:
+        """From now on, ops that this thread calls are appended here."""
+
+    def end(self, complete: bool) -> None:
+        """Ends the recording; if it is not complete, everything is dropped and the program cannot run."""
+
+    def run(self, tokens: int) -> None:
+        """Runs all ops for the first ``tokens`` (0 to ``capacity``) tokens. A step input that an op cannot take is a
+        ValueError before anything is written."""
+
+    @property
+    def capacity(self) -> int: ...
+    def __len__(self) -> int:
+        """How many ops were recorded."""
+
 def isa() -> str:
     """The instruction-set level in use."""
 
@@ -51,48 +72,62 @@ def set_isa(name: str) -> None: ...
 def threads() -> int: ...
 def set_threads(n: int) -> None: ...
 def linear(x: _F32, weights: list[Weight], outs: list[_F32], input: str) -> None:
-    """outs[i] [M, rows_i] = x [M, cols] W_i^T + b_i, the input rounded once to ``input`` (f32, bf16, int8/token)."""
+    """(op) outs[i] [M, rows_i] = x [M, cols] W_i^T + b_i.
+
+    The input is rounded once to ``input`` (f32, bf16, int8/token).
+    """
+
+def embed(weight: Weight, ids: _I32, out: _F32) -> None:
+    """(op) out [M, cols] = rows ``ids`` [M] of the matrix."""
 
 def decode_rows(weight: Weight, ids: npt.NDArray[np.int64], out: _F32) -> None:
     """out [n, cols] = rows ``ids`` of the matrix."""
 
 def rmsnorm(x: _F32, gain: _F32, eps: float, out: _F32) -> None:
-    """out [M, D] = x / sqrt(mean(x^2) + eps) * gain [D]; ``out`` may be ``x``."""
+    """(op) out [M, D] = x / sqrt(mean(x^2) + eps) * gain [D]; ``out`` may be ``x``."""
 
-def rope(x: _F32, cos: _F32, sin: _F32) -> None:
-    """Rotates x [M, heads, d] in place by cos, sin [M, r/2]: element i < r/2 with element i + r/2."""
+def angles(positions: _I32, frequencies: _F32, cos: _F32, sin: _F32) -> None:
+    """(op) cos, sin [M, n] of the angles positions [M] * frequencies [n], float32 products; correctly rounded but for
+    about one in a million."""
+
+def rope(q: _F32, k: _F32, cos: _F32, sin: _F32) -> None:
+    """(op) Rotates q [M, heads, d] and k [M, kv_heads, d] in place by cos, sin [M, r/2]: element i < r/2 with element
+    i + r/2."""
 
 def gated(kind: str, gate: _F32, up: _F32, out: _F32) -> None:
-    """out [M, F] = act(gate) * up with act "silu", "gelu" or "gelu_tanh"; ``out`` may be ``gate``."""
+    """(op) out [M, F] = act(gate) * up with act "silu", "gelu" or "gelu_tanh"; ``out`` may be ``gate``."""
 
 def add(x: _F32, y: _F32) -> None:
-    """x += y."""
+    """(op) x += y."""
 
 def scale(x: _F32, s: float) -> None:
-    """x *= s."""
+    """(op) x *= s."""
 
 def softcap(x: _F32, cap: float) -> None:
-    """x = cap * tanh(x / cap)."""
+    """(op) x = cap * tanh(x / cap)."""
 
 def kv_write(
     k: _F32,
     v: _F32,
     positions: _I32,
-    block_table: _I32,
+    sequence: _I32,
+    tables: _I32,
     K: _Pool,
     V: _Pool,
     k_scale: _F32 | None,
     v_scale: _F32 | None,
 ) -> None:
-    """Stores k, v [M, kv_heads, d] at ``positions`` [M] of the sequence whose blocks ``block_table`` lists.
+    """(op) Stores k, v [M, kv_heads, d] at ``positions`` [M] of their sequences.
 
+    Row ``sequence`` [M] of ``tables`` [sequences, most blocks] lists the blocks of a token's sequence.
     K [blocks, kv_heads, d, B], V [blocks, kv_heads, B, d]; int8 pools have scales [blocks, kv_heads, B].
     """
 
 def attention(
     q: _F32,
     positions: _I32,
-    block_table: _I32,
+    sequence: _I32,
+    tables: _I32,
     K: _Pool,
     V: _Pool,
     k_scale: _F32 | None,
@@ -103,7 +138,8 @@ def attention(
     window: int,
     softcap: float,
 ) -> None:
-    """out [M, heads, d]: each query attends to the stored keys at positions p - window < j <= p (window 0: all).
+    """(op) out [M, heads, d]: each query attends to the keys of its sequence at positions p - window < j <= p
+    (window 0: all).
 
     ``lse`` [M, heads] takes the natural log of the sum of exponentials, so that partial results can be merged.
     Online softmax (Milakov & Gimelshein 2018), cut only at fixed absolute positions.

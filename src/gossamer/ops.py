@@ -1,13 +1,16 @@
 """Typed calls into the compiled kernels: the only importer of ``gossamer._kernels``.
 
-All activations are float32, C-contiguous. Outputs are arguments, so a caller can reuse its buffers. Each call
-runs at once on a team of threads (``set_threads``); results do not depend on how many. What each kernel computes,
-with shapes and errors, is documented in ``_kernels.pyi``.
+All activations are float32, C-contiguous. Outputs are arguments, so a caller can reuse its buffers. A call runs at
+once on a team of threads (``set_threads``), or becomes a step of the program that this thread records (``record``);
+results depend neither on which nor on how many threads. What each kernel computes, with shapes and errors, is
+documented in ``_kernels.pyi``.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -27,12 +30,15 @@ except ImportError as error:  # pragma: no branch
 
 __all__ = [
     "Kernel",
+    "Program",
     "Weight",
     "add",
+    "angles",
     "attention",
     "decode_rows",
     "divergence",
     "fwht",
+    "embed",
     "gated",
     "isa",
     "isa_supported",
@@ -45,6 +51,7 @@ __all__ = [
     "planes_sums",
     "probe_release",
     "read_bandwidth",
+    "record",
     "refuse",
     "rmsnorm",
     "rope",
@@ -58,6 +65,7 @@ __all__ = [
 F32: TypeAlias = npt.NDArray[np.float32]
 I32: TypeAlias = npt.NDArray[np.int32]
 Weight: TypeAlias = _kernels.Weight
+Program: TypeAlias = _kernels.Program
 
 
 @dataclass(frozen=True)
@@ -116,11 +124,35 @@ def set_isa(name: str) -> None:
     _kernels.set_isa(name)
 
 
+@contextmanager
+def record(capacity: int) -> Iterator[Program]:
+    """Records the ops that this thread calls inside the block, in place of running them.
+
+    Every op is given arrays of ``capacity`` tokens: a first axis of ``capacity`` or a multiple (heads of a token).
+    ``program.run(n)`` then runs them all for the first n tokens (0 to ``capacity``), natively and with the
+    interpreter lock released, on the arrays' contents at that time; step inputs are changed in place between runs. The
+    program keeps the arrays alive. It is one thread's at a time.
+
+    Raises ValueError for what cannot be recorded: other lengths, functions that are no ops, a recording inside
+    another. When the block raises, nothing stays recorded.
+    """
+    program = _kernels.Program(capacity)
+    program.begin()
+    complete = False
+    try:
+        yield program
+        complete = True
+    finally:
+        program.end(complete)
+
+
 isa = _kernels.isa
 isa_supported = _kernels.isa_supported
 threads = _kernels.threads
 linear = _kernels.linear
 decode_rows = _kernels.decode_rows
+embed = _kernels.embed
+angles = _kernels.angles
 rmsnorm = _kernels.rmsnorm
 rope = _kernels.rope
 gated = _kernels.gated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,75 @@ def test_logits_do_not_depend_on_threads_or_chunks(llm: LLM) -> None:
             for h in llm.hidden(tokens[start : start + size], sequence)
         ]
         assert np.array_equal(np.concatenate(parts), whole), f"chunks of {size} change the logits"
+
+
+PROMPTS = ["The capital of France is", "def area(radius):", "Once upon a time, there was", "2 + 2 =", "A list:"]
+
+
+@pytest.mark.parametrize(("count", "threads"), [(1, 1), (1, 2), (7, 2), (32, 1), (32, 2)])
+def test_a_batch_gives_what_each_sequence_gives_alone(count: int, threads: int) -> None:
+    llm = LLM("smollm2-135m", format="int4/g32 @ int8/token", context=64)
+    prompts = [llm.tokenizer.encode(PROMPTS[i % 5] + " and so on" * (i % 4)) for i in range(count)]
+    texts = [p + [(7 * i + j) % 1000 for j in range(3)] for i, p in enumerate(prompts)]
+    before = ops.threads()
+    try:
+        ops.set_threads(threads)
+        sequences = llm.new_batch(count, 40)
+        logits = [llm.prefill_batch(sequences, prompts).copy()]
+        for j in range(3):
+            logits.append(llm.decode_batch(sequences, [(7 * i + j) % 1000 for i in range(count)]).copy())
+    finally:
+        ops.set_threads(before)
+    assert [s.length for s in sequences] == [len(t) for t in texts]
+    for i in sorted({0, count // 2, count - 1}):
+        alone = llm.logits(texts[i])[-4:]
+        for j in range(4):
+            assert np.array_equal(logits[j][i], alone[j]), (i, j)
+
+
+def test_prompts_longer_than_a_step(llm: LLM) -> None:
+    prompts = [[(3 * i + j) % 900 + 5 for j in range(n)] for i, n in enumerate((300, 512, 1, 250))]
+    sequences = llm.new_batch(4, 512)
+    got = llm.prefill_batch(sequences, prompts)
+    for row, tokens in zip(got.copy(), prompts):
+        assert np.array_equal(row, llm.logits(tokens)[-1])
+
+
+def test_batches_that_cannot_run(llm: LLM) -> None:
+    a, b = llm.new_batch(2, 32)
+    with pytest.raises(UsageError, match="tokens for 1"):
+        llm.decode_batch([a, b], [5])
+    with pytest.raises(UsageError, match="each given once"):
+        llm.decode_batch([a, a], [5, 6])
+    with pytest.raises(UsageError, match="one store"):
+        llm.decode_batch([a, llm.new_sequence(4)], [5, 6])
+    with pytest.raises(UsageError, match="outside the model's"):
+        llm.decode_batch([a, b], [5, 10**6])
+    with pytest.raises(UsageError, match="at least 1"):
+        llm.new_batch(0, 32)
+    with pytest.raises(UsageError, match="at least one"):
+        llm.prefill_batch([], [])
+    with pytest.raises(ResourceError, match="do not fit"):
+        llm.prefill_batch([a, b], [[5] * 40, [6] * 40])
+    assert (a.length, b.length) == (0, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_forked_children_generate_the_same(llm: LLM) -> None:
+    """A server's workers: the model is loaded once, then the process forks."""
+    want = llm.generate("Once upon a time", max_tokens=8).tokens
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            status = 3
+            try:
+                status = 0 if llm.generate("Once upon a time", max_tokens=8).tokens == want else 1
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert llm.generate("Once upon a time", max_tokens=8).tokens == want
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
 
 
 def test_sampling_is_reproducible(llm: LLM) -> None:

@@ -89,3 +89,4 @@ void attention_cases(bool team_only);
 void sample_cases(bool team_only);
 void fwht_cases(bool team_only);
 void planes_cases(bool team_only);
+void program_cases(bool team_only);

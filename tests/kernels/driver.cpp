@@ -23,7 +23,7 @@ int main(int argc, char** argv) {
   };
   for (const Family& family : {Family{"linear", linear_cases}, Family{"rows", rows_cases}, Family{"sample", sample_cases},
                                Family{"attention", attention_cases}, Family{"fwht", fwht_cases},
-                               Family{"planes", planes_cases}}) {
+                               Family{"planes", planes_cases}, Family{"program", program_cases}}) {
     const long before = check::passed + check::failed;
     const auto start = std::chrono::steady_clock::now();
     family.cases(team_only);

@@ -5,11 +5,12 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "check.h"
 #include "logits.h"
-#include "team.h"
+#include "op.h"
 
 namespace {
 
@@ -49,6 +50,9 @@ void at_every_level(const std::string& what, int64_t n, const Block<float>* star
   }
 }
 
+// A single row of the elements, so that the share of a thread may begin anywhere.
+void now(std::unique_ptr<gsm::Op> op, int64_t rows = 1) { gsm::run_now(*op, rows); }
+
 std::string shape(const char* what, int64_t rows, int64_t width) {
   return std::string(what) + " [" + std::to_string(rows) + ", " + std::to_string(width) + "]";
 }
@@ -71,9 +75,9 @@ void normalise(int64_t rows, int64_t width, check::Random& random) {
   // The square root halves the error of a sum of `width` squares.
   const auto error = [&](int64_t i) { return (static_cast<double>(width) + 8) * kUnit * std::fabs(want(i)); };
   at_every_level(shape("rmsnorm", rows, width), x.size(), nullptr,
-                 [&](float* out) { gsm::rmsnorm(x.data(), gain.data(), eps, out, rows, width); }, want, error);
+                 [&](float* out) { now(gsm::rmsnorm_op(x.data(), gain.data(), eps, out, width), rows); }, want, error);
   at_every_level(shape("rmsnorm in place", rows, width), x.size(), &x,
-                 [&](float* out) { gsm::rmsnorm(out, gain.data(), eps, out, rows, width); }, want, error);
+                 [&](float* out) { now(gsm::rmsnorm_op(out, gain.data(), eps, out, width), rows); }, want, error);
 }
 
 void rotate(int64_t rows, int64_t heads, int64_t dim, int64_t half, check::Random& random) {
@@ -95,7 +99,13 @@ void rotate(int64_t rows, int64_t heads, int64_t dim, int64_t half, check::Rando
   };
   at_every_level(
       shape("rope", rows * heads, dim), x.size(), &x,
-      [&](float* out) { gsm::rope(out, cos.data(), sin.data(), rows, heads, dim, half); },
+      [&](float* out) {
+        Block<float> k = x.copy(0, rows * dim);  // one head: what it becomes, the first of q must be when there is one
+        now(gsm::rope_op({out, k.data(), cos.data(), sin.data(), heads, 1, dim, half}), rows);
+        Block<float> same = x.copy(0, rows * dim), none(0);
+        now(gsm::rope_op({same.data(), none.data(), cos.data(), sin.data(), 1, 0, dim, half}), rows);
+        check::expect(check::same(k, same), [] { return std::string("rope treats q and k differently"); });
+      },
       [&](int64_t i) { double a, b; parts(i, a, b); return a + b; },
       [&](int64_t i) { double a, b; parts(i, a, b); return 3 * kUnit * (std::fabs(a) + std::fabs(b)); });
 }
@@ -122,8 +132,8 @@ void gates(int64_t n, check::Random& random) {
       return (16 + 8 * std::fabs(u)) * kUnit * std::fabs(want(i)) + 1e-35;
     };
     const std::string what = shape("gated", static_cast<int>(kind), n);
-    at_every_level(what, n, nullptr, [&](float* out) { gsm::gated(kind, gate.data(), up.data(), out, n); }, want, error);
-    at_every_level(what + " in place", n, &gate, [&](float* out) { gsm::gated(kind, out, up.data(), out, n); }, want, error);
+    at_every_level(what, n, nullptr, [&](float* out) { now(gsm::gated_op(kind, gate.data(), up.data(), out, n)); }, want, error);
+    at_every_level(what + " in place", n, &gate, [&](float* out) { now(gsm::gated_op(kind, out, up.data(), out, n)); }, want, error);
   }
 }
 
@@ -132,13 +142,30 @@ void elements(int64_t n, check::Random& random) {
   const Block<float> y = values(n, -1, 1, random);
   x[random.below(n)] = std::nanf("");
   const auto zero = [](int64_t) { return 0.0; };
-  at_every_level(shape("add", 1, n), n, &x, [&](float* out) { gsm::add(out, y.data(), n); },
+  at_every_level(shape("add", 1, n), n, &x, [&](float* out) { now(gsm::add_op(out, y.data(), n)); },
                  [&](int64_t i) { return x[i] + y[i]; }, zero);
-  at_every_level(shape("scale", 1, n), n, &x, [&](float* out) { gsm::scale(out, 0.3f, n); },
+  at_every_level(shape("scale", 1, n), n, &x, [&](float* out) { now(gsm::scale_op(out, 0.3f, n)); },
                  [&](int64_t i) { return x[i] * 0.3f; }, zero);
   const auto cap = [&](int64_t i) { return 30.0 * std::tanh(x[i] / 30.0); };
-  at_every_level(shape("softcap", 1, n), n, &x, [&](float* out) { gsm::softcap(out, 30.0f, n); }, cap,
+  at_every_level(shape("softcap", 1, n), n, &x, [&](float* out) { now(gsm::softcap_op(out, 30.0f, n)); }, cap,
                  [&](int64_t i) { return 16 * kUnit * std::fabs(cap(i)); });
+}
+
+void angles(int64_t rows, int64_t half, check::Random& random) {
+  Block<int32_t> positions(rows);
+  for (int64_t m = 0; m < rows; ++m) positions[m] = static_cast<int32_t>(random.below(1 << 20));
+  const Block<float> frequencies = values(half, 0, 1, random);
+  Block<float> other(rows * half);
+  const auto angle = [&](int64_t i) { return static_cast<float>(positions[i / half]) * frequencies[i % half]; };
+  const auto error = [](int64_t) { return kUnit; };  // half a unit in the last place of what is at most 1
+  const auto cos = [&](int64_t i) { return std::cos(static_cast<double>(angle(i))); };
+  const auto sin = [&](int64_t i) { return std::sin(static_cast<double>(angle(i))); };
+  at_every_level(shape("cosines", rows, half), rows * half, nullptr,
+                 [&](float* out) { now(gsm::angles_op(positions.data(), frequencies.data(), out, other.data(), half), rows); },
+                 cos, error);
+  at_every_level(shape("sines", rows, half), rows * half, nullptr,
+                 [&](float* out) { now(gsm::angles_op(positions.data(), frequencies.data(), other.data(), out, half), rows); },
+                 sin, error);
 }
 
 // ---------------------------------------------------------------- logits
@@ -236,6 +263,7 @@ void rows_cases(bool team_only) {
   rotate(40, 9, 64, 32, random);
   gates(20000, random);
   elements(70001, random);
+  angles(60, 32, random);
   reductions(9, 1001, random);
   if (team_only) return;
   for (int64_t width : {1, 7, 15, 16, 17, 63, 64, 65, 100})
@@ -245,6 +273,8 @@ void rows_cases(bool team_only) {
     }
   for (int64_t dim : {2, 6, 16, 30, 34, 64})
     for (int64_t half : {dim / 2, (dim + 3) / 4}) rotate(3, 2, dim, half, random);
+  angles(1, 1, random);
+  angles(5, 17, random);
   for (int64_t n : {1, 7, 15, 16, 17, 31, 100}) {
     gates(n, random);
     elements(n, random);

@@ -64,8 +64,22 @@ def test_rope(dim, rotated):
     lo, hi = want[..., :half].copy(), want[..., half:rotated].copy()
     want[..., :half] = lo * cos[:, None] - hi * sin[:, None]
     want[..., half:rotated] = hi * cos[:, None] + lo * sin[:, None]
-    kernels.rope(x, cos, sin)
+    k = x[:, 1:].copy()
+    kernels.rope(x, k, cos, sin)
     np.testing.assert_allclose(x, want, rtol=0, atol=2e-6)
+    assert np.array_equal(k, x[:, 1:])
+
+
+@pytest.mark.parametrize(("rows", "half"), [(1, 1), (1, 32), (7, 20), (600, 64)])
+def test_angles(rows, half):
+    positions = np.random.default_rng(rows).integers(0, 1 << 18, rows, dtype=np.int32)
+    frequencies = (1e4 ** -np.linspace(0, 1, half)).astype(np.float32)
+    cos, sin = np.full((2, rows, half), np.nan, np.float32)
+    kernels.angles(positions, frequencies, cos, sin)
+    angle = positions.astype(np.float32)[:, None] * frequencies[None, :]
+    for ours, function in ((cos, np.cos), (sin, np.sin)):
+        assert np.array_equal(ours, function(angle.astype(np.float64)).astype(np.float32))
+        np.testing.assert_array_max_ulp(ours, function(angle), maxulp=1)
 
 
 def sigmoid(x):
@@ -134,8 +148,10 @@ def test_thread_count_does_not_matter():
         a, outs = x.copy(), []
         kernels.rmsnorm(a, gain, 1e-5, a)
         outs.append(a.copy())
-        kernels.rope(a.reshape(700, 9, 64), cos, sin)
-        outs.append(a.copy())
+        k = y.copy().reshape(700, 9, 64)
+        kernels.rope(a.reshape(700, 9, 64), k, cos, sin)
+        outs += [a.copy(), k, *np.empty((2, 700, 32), np.float32)]
+        kernels.angles(np.arange(700, dtype=np.int32), cos[0], *outs[-2:])
         for kind in ACTIVATIONS:
             out = np.empty_like(a)
             kernels.gated(kind, a, y, out)
@@ -163,13 +179,19 @@ HOSTILE = {
     "eps": lambda: kernels.rmsnorm(F, F[0].copy(), -1.0, F.copy()),
     "a list": lambda: kernels.rmsnorm([[1.0]], F[0].copy(), 1e-5, F.copy()),
     "byte order": lambda: kernels.scale(F.astype(">f4"), 1.0),
-    "rope wide": lambda: kernels.rope(np.zeros((4, 1, 8), np.float32), *[np.zeros((4, 5), np.float32)] * 2),
-    "rope rows": lambda: kernels.rope(np.zeros((4, 1, 8), np.float32), *[np.zeros((3, 4), np.float32)] * 2),
+    "rope wide": lambda: kernels.rope(*np.zeros((2, 4, 1, 8), np.float32), *[np.zeros((4, 5), np.float32)] * 2),
+    "rope rows": lambda: kernels.rope(*np.zeros((2, 4, 1, 8), np.float32), *[np.zeros((3, 4), np.float32)] * 2),
+    "rope head size": lambda: kernels.rope(
+        np.zeros((4, 1, 8), np.float32), np.zeros((4, 1, 6), np.float32), *[np.zeros((4, 2), np.float32)] * 2
+    ),
+    "angles": lambda: kernels.angles(np.zeros(3, np.int32), F[0].copy(), F.copy(), F.copy()),
+    "positions": lambda: kernels.angles(np.zeros(4, np.int64), F[0].copy(), F.copy(), F.copy()),
+    "scale without rows": lambda: kernels.scale(F[0].copy(), 2.0),
     "kind": lambda: kernels.gated("relu", F, F, F.copy()),
     "gated shape": lambda: kernels.gated("silu", F, F[:3], F.copy()),
     "add": lambda: kernels.add(F.copy(), F[:3]),
     "cap": lambda: kernels.softcap(F.copy(), 0.0),
-    "unaligned": lambda: kernels.scale(np.frombuffer(bytearray(21), np.uint8)[1:].view(np.float32), 1.0),
+    "unaligned": lambda: kernels.scale(np.frombuffer(bytearray(21), np.uint8)[1:].view(np.float32)[None], 1.0),
 }
 
 

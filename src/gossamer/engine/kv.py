@@ -1,4 +1,4 @@
-"""The store of keys and values: one pool of blocks per layer, and the list of blocks that a sequence uses.
+"""The store of keys and values: one pool of blocks per layer, and the blocks that each sequence uses.
 
 A block holds 32 tokens of every layer. Keys lie transposed inside a block so that 32 keys are multiplied at once.
 KV pages take format expressions: ``f32``, ``f16`` (the default), ``bf16``, or ``int8/row`` (a scale per token and
@@ -11,15 +11,15 @@ import re
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gossamer.errors import FormatError, ResourceError
 from gossamer.models.config import Config
 from gossamer.models.transformer import KVLayer
 
-__all__ = ["BLOCK", "KV_FORMATS", "KVPool", "Sequence", "kv_bytes"]
+__all__ = ["BLOCK", "KV_FORMATS", "SEQUENCES", "KVPool", "Sequence", "kv_bytes"]
 
 BLOCK = 32
+SEQUENCES = 64  # sequences in one pool, unless it is made for more
 KV_FORMATS: dict[str, np.dtype[Any]] = {
     "f32": np.dtype("<f4"),
     "f16": np.dtype("<f2"),
@@ -44,9 +44,13 @@ def kv_bytes(config: Config, tokens: int, fmt: str = "f16") -> int:
 
 
 class KVPool:
-    """``tokens`` tokens of room (rounded up to whole blocks) for the layers of ``config``."""
+    """``tokens`` tokens of room (rounded up to whole blocks) for the layers of ``config``, for several sequences.
 
-    def __init__(self, config: Config, tokens: int, fmt: str = "f16") -> None:
+    ``tables`` is int32 [sequences, blocks]: row i lists the blocks of the sequence that has this row, -1 where it
+    has none. It stays where it is, and so do the layers' arrays: programs are recorded over them.
+    """
+
+    def __init__(self, config: Config, tokens: int, fmt: str = "f16", sequences: int = SEQUENCES) -> None:
         self.format = kv_format(fmt)
         dtype = KV_FORMATS[self.format]
         self.blocks = max(1, (tokens + BLOCK - 1) // BLOCK)
@@ -59,6 +63,9 @@ class KVPool:
                 f"the keys and values of {tokens} tokens need {need:.0f} MB, which cannot be had; lower --context."
             ) from None
         self._free = list(range(self.blocks - 1, -1, -1))
+        # A sequence of no blocks has no tokens: more rows than blocks would never be used at the same time.
+        self.tables = np.full((min(sequences, self.blocks), self.blocks), -1, np.int32)
+        self._rows = list(range(len(self.tables) - 1, -1, -1))
 
     def _layer(self, dtype: np.dtype[Any], heads: int, d: int) -> KVLayer:
         # np.zeros takes pages from the system only when they are written.
@@ -85,25 +92,30 @@ class KVPool:
     def give(self, blocks: list[int]) -> None:
         self._free.extend(reversed(blocks))
 
+    def take_row(self) -> int:
+        if not self._rows:
+            raise ResourceError(f"the store holds {len(self.tables)} sequences already; close one first.")
+        return self._rows.pop()
+
+    def give_row(self, row: int) -> None:
+        self._rows.append(row)
+
 
 class Sequence:
-    """A sequence's place in a pool: ``length`` tokens are stored, in the blocks of ``block_table``."""
+    """A sequence's place in a pool: ``length`` tokens are stored, in the blocks that row ``row`` of its tables lists.
+
+    Raises ResourceError when the pool has no row left. ``close`` gives everything back; a pool that goes out of use
+    as a whole needs no closing.
+    """
 
     def __init__(self, pool: KVPool) -> None:
-        self.pool, self.length = pool, 0
+        self.pool, self.length, self.row = pool, 0, pool.take_row()
         self._blocks: list[int] = []
-        self._table = np.zeros(0, np.int32)
-
-    @property
-    def block_table(self) -> npt.NDArray[np.int32]:
-        return self._table
-
-    def layer(self, index: int) -> KVLayer:
-        return self.pool.layer(index)
 
     def reserve(self, tokens: int) -> None:
         """Makes room for ``tokens`` more tokens; raises ResourceError when the pool is full, changing nothing."""
-        need = (self.length + tokens + BLOCK - 1) // BLOCK - len(self._blocks)
+        have = len(self._blocks)
+        need = (self.length + tokens + BLOCK - 1) // BLOCK - have
         if need <= 0:
             return
         if need * BLOCK > self.pool.free_tokens:
@@ -111,11 +123,19 @@ class Sequence:
                 f"{self.length + tokens} tokens do not fit into a store of {self.pool.blocks * BLOCK}; raise --context."
             )
         self._blocks += [self.pool.take() for _ in range(need)]
-        self._table = np.array(self._blocks, np.int32)
+        self.pool.tables[self.row, have : have + need] = self._blocks[have:]
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from ``length`` on and gives whole blocks back."""
         keep = (length + BLOCK - 1) // BLOCK
         self.pool.give(self._blocks[keep:])
+        self.pool.tables[self.row, keep : len(self._blocks)] = -1
         del self._blocks[keep:]
-        self._table, self.length = np.array(self._blocks, np.int32), length
+        self.length = length
+
+    def close(self) -> None:
+        """Gives the blocks and the row back; a sequence that is used after that is an IndexError."""
+        if self.row < len(self.pool.tables):
+            self.truncate(0)
+            self.pool.give_row(self.row)
+            self.row = len(self.pool.tables)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from gossamer import ops
 from gossamer.checkpoints.names import resolve
-from gossamer.engine.kv import KVPool, kv_bytes, kv_format
+from gossamer.engine.kv import BLOCK, KVPool, kv_bytes, kv_format
 from gossamer.engine.kv import Sequence as KVSequence
 from gossamer.errors import ResourceError, UsageError
 from gossamer.formats import SiteFormat, parse
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["LLM", "Completion", "Need", "Sampling", "chat_tokens", "check_length", "chooser"]
 
 F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
 Messages = Sequence[dict[str, Any]]
 
 DEFAULT_CONTEXT = 4096  # tokens, when the model allows as many: longer costs memory only when it is used
@@ -205,7 +206,7 @@ class LLM:
         self.loaded: Loaded = load(self.checkpoint, chosen.formats, progress)
         self.transformer = self.loaded.transformer
         self.load_s = time.perf_counter() - started
-        self._sequence: Any = None
+        self._sequence: KVSequence | None = None
         self._stored: list[int] = []  # the tokens whose keys and values the sequence holds
 
     def _context(self, asked: int | None) -> int:
@@ -220,24 +221,94 @@ class LLM:
 
     def new_sequence(self, tokens: int) -> KVSequence:
         """An empty sequence with room for ``tokens`` tokens, in a store of its own."""
-        return KVSequence(KVPool(self.config, tokens, self.kv_format))
+        return KVSequence(KVPool(self.config, tokens, self.kv_format, sequences=1))
 
-    def hidden(self, tokens: Sequence[int], sequence: KVSequence) -> Iterator[F32]:
-        """Runs tokens after what ``sequence`` holds; yields float32 [n, hidden] for chunks of at most 512."""
-        ids = self._checked(tokens)
+    def new_batch(self, count: int, tokens: int) -> list[KVSequence]:
+        """``count`` empty sequences in one store, with room for ``tokens`` tokens each."""
+        if count < 1:
+            raise UsageError(f"a batch of {count} sequences was asked for; it needs at least 1.")
+        whole = (max(tokens, 1) + BLOCK - 1) // BLOCK * BLOCK
+        pool = KVPool(self.config, count * whole, self.kv_format, sequences=count)
+        return [KVSequence(pool) for _ in range(count)]
+
+    def feed(self, tokens: Sequence[int], sequence: KVSequence) -> Iterator[F32]:
+        """Runs tokens after what ``sequence`` holds, in steps of at most 512.
+
+        Yields float32 [n, hidden], the hidden states before the last norm: views that the next step overwrites.
+        """
+        yield from self._feed(self._checked(tokens), sequence)
+
+    def _feed(self, ids: I32, sequence: KVSequence) -> Iterator[F32]:
         sequence.reserve(len(ids))
         for start in range(0, len(ids), MAX_TOKENS):
             part = ids[start : start + MAX_TOKENS]
             positions = np.arange(sequence.length, sequence.length + len(part), dtype=np.int32)
-            yield self.transformer.hidden(part, positions, sequence)
+            hidden = self.transformer.hidden(part, positions, sequence)
             sequence.length += len(part)
+            yield hidden
+
+    def hidden(self, tokens: Sequence[int], sequence: KVSequence) -> Iterator[F32]:
+        """As ``feed``, with arrays of their own."""
+        for hidden in self.feed(tokens, sequence):
+            yield hidden.copy()
 
     def logits(self, tokens: Sequence[int]) -> F32:
         """Next-token logits after each token of a text: float32 [tokens, vocabulary]."""
-        sequence = self.new_sequence(len(tokens))
-        return np.concatenate([self.transformer.logits(h) for h in self.hidden(tokens, sequence)])
+        ids = self._checked(tokens)
+        parts = [self.transformer.logits(h) for h in self._feed(ids, self.new_sequence(len(ids)))]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _checked(self, tokens: Sequence[int]) -> npt.NDArray[np.int32]:
+    # ------------------------------------------------------------ several sequences
+
+    def prefill_batch(self, sequences: Sequence[KVSequence], prompts: Sequence[Sequence[int]]) -> F32:
+        """Runs prompts[i] after what sequences[i] holds; the logits after the last token of each: [N, vocabulary].
+
+        The sequences are of one store (``new_batch``), each given once. Tokens of several share a step; what a
+        sequence gets is bitwise what it gets alone. The result may be overwritten by the next call.
+        """
+        return self._run_batch(sequences, [self._checked(p) for p in prompts])
+
+    def decode_batch(self, sequences: Sequence[KVSequence], tokens: Sequence[int] | I32) -> F32:
+        """As ``prefill_batch``, for one token of each sequence."""
+        return self._run_batch(sequences, list(self._checked(tokens).reshape(-1, 1)))
+
+    def _run_batch(self, sequences: Sequence[KVSequence], parts: list[I32]) -> F32:
+        if not parts or len(sequences) != len(parts):
+            raise UsageError(
+                f"{len(sequences)} sequences and tokens for {len(parts)} were given; give as many, and at least one."
+            )
+        pool = sequences[0].pool
+        if any(s.pool is not pool for s in sequences) or len({s.row for s in sequences}) != len(sequences):
+            raise UsageError("a batch needs sequences of one store, each given once; make them with new_batch.")
+        for s, part in zip(sequences, parts):
+            s.reserve(len(part))
+        counts = np.array([len(part) for part in parts])
+        ends = np.cumsum(counts)
+        total = int(ends[-1])
+        ids = np.concatenate(parts)
+        rows = np.repeat(np.array([s.row for s in sequences], np.int32), counts)
+        # A token's place in the batch, less where its sequence begins, plus what that holds already.
+        shift = np.array([s.length for s in sequences]) - (ends - counts)
+        positions = (np.arange(total) + np.repeat(shift, counts)).astype(np.int32)
+        out = np.empty((0, 0), np.float32)
+        for start in range(0, total, MAX_TOKENS):
+            span = slice(start, min(start + MAX_TOKENS, total))
+            hidden = self.transformer.step(ids[span], positions[span], rows[span], pool)
+            ending = np.flatnonzero((ends > span.start) & (ends <= span.stop))
+            if not len(ending):
+                continue
+            logits = self.transformer.logits(hidden[ends[ending] - 1 - start], copy=False)
+            if len(ending) == len(parts):
+                out = logits
+            else:
+                if not len(out):
+                    out = np.empty((len(parts), self.config.vocab), np.float32)
+                out[ending] = logits
+        for s, part in zip(sequences, parts):
+            s.length += len(part)
+        return out
+
+    def _checked(self, tokens: Sequence[int] | I32) -> I32:
         ids = np.asarray(tokens, dtype=np.int64)
         if ids.ndim != 1 or len(ids) == 0:
             raise UsageError("there are no tokens to run; give a prompt that is not empty.")
@@ -310,11 +381,13 @@ class LLM:
         self._sequence.truncate(shared)
         self._stored = self._stored[:shared]
         started = time.perf_counter()
-        *_, hidden = self._advance(prompt[shared:], progress)  # at least the last prompt token is always computed
+        *_, hidden = self._advance(
+            prompt[shared:], self._sequence, progress
+        )  # at least the last prompt token is always computed
         result.computed_tokens = len(prompt) - shared
         text = self.tokenizer.stream()
         history = list(prompt)
-        logits = self.transformer.logits(hidden[-1:])[0]
+        logits = self.transformer.logits(hidden[-1:], copy=False)[0]
         token = self._sample(logits, history, sampling, 0)
         first = time.perf_counter()
         result.prefill_s = first - started
@@ -334,8 +407,8 @@ class LLM:
                 if len(history) >= self.context:
                     result.finish = "context"
                     break
-                (hidden,) = self._advance([token])
-                logits = self.transformer.logits(hidden)[0]
+                (hidden,) = self._advance([token], self._sequence)
+                logits = self.transformer.logits(hidden, copy=False)[0]
                 token = self._sample(logits, history, sampling, len(result.tokens))
                 result.decode_s = time.perf_counter() - first
             if piece := text.flush():
@@ -346,9 +419,9 @@ class LLM:
             result.finish = result.finish or "cancelled"
             raise
 
-    def _advance(self, tokens: list[int], progress: Progress | None = None) -> Iterator[F32]:
+    def _advance(self, tokens: list[int], sequence: KVSequence, progress: Progress | None = None) -> Iterator[F32]:
         done = 0
-        for hidden in self.hidden(tokens, self._sequence):
+        for hidden in self._feed(np.array(tokens, np.int32), sequence):
             self._stored += tokens[done : done + len(hidden)]
             done += len(hidden)
             if progress:

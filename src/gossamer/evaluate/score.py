@@ -23,6 +23,7 @@ from gossamer.engine.llm import LLM
 from gossamer.errors import GossamerError, UsageError
 from gossamer.evaluate.texts import Text
 from gossamer.models.load import Loaded, Progress
+from gossamer.models.transformer import HEAD_ROWS
 
 __all__ = ["SCORES", "Result", "evaluate"]
 
@@ -30,8 +31,6 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 SCORES = ("second-half", "all")
-ROWS = 64  # predictions whose logits are in memory at once: 64 MiB for a vocabulary of 262,144
-
 _MARGIN = 64  # tokens at the end of a cut text that are not used: the cut may have changed them
 
 
@@ -245,7 +244,7 @@ class _Scores:
 
 
 def _score_window(candidate: LLM, against: LLM | None, ids: list[int], first: int) -> _Scores:
-    """Scores ids[first:], each from what stands before it. Never holds more than ``ROWS`` rows of logits a model."""
+    """Scores ids[first:], each from what stands before it. Never holds more than 64 rows of logits a model."""
     count = len(ids) - first
     nll, base_nll, kl = np.empty(count), np.empty(count), np.zeros(count)
     same = np.ones(count, np.uint8)
@@ -282,14 +281,14 @@ def _perplexity(nats: float, llm: LLM) -> float:
 
 
 def _predictions(llm: LLM, ids: list[int], first: int) -> Iterator[F32]:
-    """Logits from which ids[first], ids[first + 1], ... are predicted: float32 [up to ROWS, vocabulary] each time."""
+    """Logits from which ids[first], ids[first + 1], ... are predicted: float32 [up to 64, vocabulary] each time."""
     sequence = llm.new_sequence(len(ids))
     start = 0
-    for hidden in llm.hidden(ids, sequence):
+    for hidden in llm.feed(ids, sequence):
         low = max(first - 1 - start, 0)
         high = min(len(ids) - 1 - start, len(hidden))
-        for r in range(low, high, ROWS):
-            yield llm.transformer.logits(np.ascontiguousarray(hidden[r : min(r + ROWS, high)]))
+        for r in range(low, high, HEAD_ROWS):
+            yield llm.transformer.logits(hidden[r : min(r + HEAD_ROWS, high)])
         start += len(hidden)
 
 

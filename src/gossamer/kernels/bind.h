@@ -30,6 +30,12 @@ template <> struct Element<uint8_t> {
 
 [[noreturn]] inline void refuse(const std::string& sentence) { throw std::invalid_argument(sentence); }
 
+// Bindings of ops release the interpreter lock around submit(). While this thread records a program, the program keeps
+// every array that comes in through Buffer, and what is given here.
+void keep_if_recording(nanobind::handle object);
+// For what is no op and so cannot be recorded.
+void refuse_if_recording(const char* name);
+
 // Holds the buffer of a C-contiguous array of any type for the duration of a call.
 class Buffer {
  public:
@@ -43,6 +49,7 @@ class Buffer {
       PyBuffer_Release(&view_);
       refuse(std::string(name) + " is not aligned to its element size; copy it first");
     }
+    keep_if_recording(array);
   }
   ~Buffer() { PyBuffer_Release(&view_); }
   Buffer(const Buffer&) = delete;

@@ -9,7 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "bind.h"
 #include "linear.h"
+#include "program_adapters.h"
 
 namespace nb = nanobind;
 
@@ -80,12 +82,44 @@ struct PackedWeight {
   }
 };
 
+// Owns its views: nanobind's arrays may be given back without the interpreter lock.
+struct LinearCall final : gsm::CallOp {
+  Rows x;
+  std::vector<RowsOut> outs;
+  std::vector<const gsm::Weight*> weights;
+  std::vector<float*> ys;
+  gsm::Input input;
+  void run(int64_t rows, int, int, int) override {
+    gsm::linear(x.data(), rows, weights.data(), ys.data(), static_cast<int>(weights.size()), input);
+  }
+};
+
+struct EmbedOp final : gsm::Op {
+  const gsm::Weight* weight;
+  const int32_t* ids;
+  float* out;
+  void check(int64_t rows) const override {
+    for (int64_t m = 0; m < rows; ++m)
+      if (ids[m] < 0 || ids[m] >= weight->rows)
+        gsm::refuse("ids[" + std::to_string(m) + "] is " + std::to_string(ids[m]) + ", outside of a matrix of " +
+                    std::to_string(weight->rows) + " rows");
+  }
+  bool alone(int64_t rows, int) const override { return rows * weight->cols * 8 < gsm::kTeamWork; }
+  void run(int64_t rows, int, int thread, int threads) override {
+    const gsm::Range r = gsm::share(rows, thread, threads);
+    for (int64_t m = r.begin; m < r.end; ++m) {
+      const int64_t id = ids[m];
+      gsm::decode_rows(*weight, &id, 1, out + m * weight->cols);
+    }
+  }
+};
+
 void linear(Rows x, const std::vector<const PackedWeight*>& weights, const std::vector<RowsOut>& outs,
             const std::string& input) {
   const gsm::Input kind = pick(kInputs, "input format", input);
   if (weights.size() != outs.size()) throw nb::value_error("one output is needed per weight");
-  std::vector<const gsm::Weight*> ws;
-  std::vector<float*> ys;
+  auto op = std::make_unique<LinearCall>();
+  op->input = kind;
   for (size_t i = 0; i < weights.size(); ++i) {
     if (!weights[i]) throw nb::type_error("a weight is None");
     const gsm::Weight& w = weights[i]->w;
@@ -95,16 +129,33 @@ void linear(Rows x, const std::vector<const PackedWeight*>& weights, const std::
     if (outs[i].shape(0) != x.shape(0) || static_cast<int64_t>(outs[i].shape(1)) != w.rows)
       throw nb::value_error("an output does not have the shape [tokens, rows]");
     if (const char* why = gsm::refuse(w, kind)) throw nb::value_error(why);
-    ws.push_back(&w);
-    ys.push_back(outs[i].data());
+    gsm::keep_if_recording(nb::find(weights[i]));
+    op->weights.push_back(&w);
+    op->ys.push_back(outs[i].data());
   }
-  const float* data = x.data();
+  op->x = x;
+  op->outs = outs;
   const auto tokens = static_cast<int64_t>(x.shape(0));
   nb::gil_scoped_release release;
-  gsm::linear(data, tokens, ws.data(), ys.data(), static_cast<int>(ws.size()), kind);
+  gsm::submit(std::move(op), tokens);
+}
+
+void embed(const PackedWeight& weight, nb::handle ids_, nb::handle out_) {
+  const gsm::Array<const int32_t> ids(ids_, "ids");
+  const gsm::Array<float> out(out_, "out");
+  ids.need_dims(1);
+  out.need_shape({ids.size(0), weight.w.cols});
+  gsm::keep_if_recording(nb::find(&weight));
+  auto op = std::make_unique<EmbedOp>();
+  op->weight = &weight.w;
+  op->ids = ids.data();
+  op->out = out.data();
+  nb::gil_scoped_release release;
+  gsm::submit(std::move(op), ids.size(0));
 }
 
 void decode_rows(const PackedWeight& weight, Ids ids, RowsOut out) {
+  gsm::refuse_if_recording("decode_rows");
   const auto n = static_cast<int64_t>(ids.shape(0));
   if (static_cast<int64_t>(out.shape(0)) != n || static_cast<int64_t>(out.shape(1)) != weight.w.cols)
     throw nb::value_error("the output does not have the shape [ids, columns]");
@@ -136,5 +187,6 @@ void bind_linear(nb::module_& m) {
         return why ? std::optional<std::string>(why) : std::nullopt;
       });
   m.def("linear", &linear, nb::arg("x").noconvert(), nb::arg("weights"), nb::arg("outs").noconvert(), nb::arg("input"));
+  m.def("embed", &embed, nb::arg("weight"), nb::arg("ids"), nb::arg("out"));
   m.def("decode_rows", &decode_rows, nb::arg("weight"), nb::arg("ids").noconvert(), nb::arg("out").noconvert());
 }

@@ -2,6 +2,7 @@
 
 #include "bind.h"
 #include "logits.h"
+#include "op.h"
 #include "probe.h"
 #include "rows.h"
 #include "sample.h"
@@ -13,6 +14,11 @@ using gsm::refuse;
 
 namespace {
 
+void run_or_record(std::unique_ptr<gsm::Op> op, int64_t rows) {
+  nb::gil_scoped_release free;
+  gsm::submit(std::move(op), rows);
+}
+
 void rmsnorm(nb::handle x_, nb::handle gain_, double eps, nb::handle out_) {
   const Array<const float> x(x_, "x"), gain(gain_, "gain");
   const Array<float> out(out_, "out");
@@ -20,22 +26,35 @@ void rmsnorm(nb::handle x_, nb::handle gain_, double eps, nb::handle out_) {
   gain.need_shape({x.size(1)});
   out.need_shape({x.size(0), x.size(1)});
   if (!(eps >= 0.0) || std::isinf(eps)) refuse("eps must be finite and at least 0");
-  nb::gil_scoped_release free;
-  gsm::rmsnorm(x.data(), gain.data(), static_cast<float>(eps), out.data(), x.size(0), x.size(1));
+  run_or_record(gsm::rmsnorm_op(x.data(), gain.data(), static_cast<float>(eps), out.data(), x.size(1)), x.size(0));
 }
 
-void rope(nb::handle x_, nb::handle cos_, nb::handle sin_) {
-  const Array<float> x(x_, "x");
+void rope(nb::handle q_, nb::handle k_, nb::handle cos_, nb::handle sin_) {
+  const Array<float> q(q_, "q"), k(k_, "k");
   const Array<const float> cos(cos_, "cos"), sin(sin_, "sin");
-  x.need_dims(3);
+  q.need_dims(3);
+  k.need_dims(3);
+  k.need_shape({q.size(0), k.size(1), q.size(2)});
   cos.need_dims(2);
-  cos.need_shape({x.size(0), cos.size(1)});
-  sin.need_shape({x.size(0), cos.size(1)});
-  if (2 * cos.size(1) > x.size(2))
-    refuse("cos has " + std::to_string(cos.size(1)) + " angles, more than half of the " + std::to_string(x.size(2)) +
-           " dimensions of x");
-  nb::gil_scoped_release free;
-  gsm::rope(x.data(), cos.data(), sin.data(), x.size(0), x.size(1), x.size(2), cos.size(1));
+  cos.need_shape({q.size(0), cos.size(1)});
+  sin.need_shape({q.size(0), cos.size(1)});
+  if (2 * cos.size(1) > q.size(2))
+    refuse("cos has " + std::to_string(cos.size(1)) + " angles, more than half of the " + std::to_string(q.size(2)) +
+           " dimensions of q");
+  run_or_record(gsm::rope_op({q.data(), k.data(), cos.data(), sin.data(), q.size(1), k.size(1), q.size(2), cos.size(1)}),
+         q.size(0));
+}
+
+void angles(nb::handle positions_, nb::handle frequencies_, nb::handle cos_, nb::handle sin_) {
+  const Array<const int32_t> positions(positions_, "positions");
+  const Array<const float> frequencies(frequencies_, "frequencies");
+  const Array<float> cos(cos_, "cos"), sin(sin_, "sin");
+  positions.need_dims(1);
+  frequencies.need_dims(1);
+  cos.need_shape({positions.size(0), frequencies.size(0)});
+  sin.need_shape({positions.size(0), frequencies.size(0)});
+  run_or_record(gsm::angles_op(positions.data(), frequencies.data(), cos.data(), sin.data(), frequencies.size(0)),
+         positions.size(0));
 }
 
 void gated(const char* kind, nb::handle gate_, nb::handle up_, nb::handle out_) {
@@ -50,8 +69,7 @@ void gated(const char* kind, nb::handle gate_, nb::handle up_, nb::handle out_) 
   gate.need_dims(2);
   up.need_shape({gate.size(0), gate.size(1)});
   out.need_shape({gate.size(0), gate.size(1)});
-  nb::gil_scoped_release free;
-  gsm::gated(which, gate.data(), up.data(), out.data(), gate.count());
+  run_or_record(gsm::gated_op(which, gate.data(), up.data(), out.data(), gate.size(1)), gate.size(0));
 }
 
 void add(nb::handle x_, nb::handle y_) {
@@ -59,22 +77,21 @@ void add(nb::handle x_, nb::handle y_) {
   const Array<const float> y(y_, "y");
   x.need_dims(2);
   y.need_shape({x.size(0), x.size(1)});
-  nb::gil_scoped_release free;
-  gsm::add(x.data(), y.data(), x.count());
+  run_or_record(gsm::add_op(x.data(), y.data(), x.size(1)), x.size(0));
 }
 
 void scale(nb::handle x_, double s) {
   const Array<float> x(x_, "x");
-  nb::gil_scoped_release free;
-  gsm::scale(x.data(), static_cast<float>(s), x.count());
+  x.need_dims(2);
+  run_or_record(gsm::scale_op(x.data(), static_cast<float>(s), x.size(1)), x.size(0));
 }
 
 void softcap(nb::handle x_, double cap) {
   const Array<float> x(x_, "x");
   const float c = static_cast<float>(cap);
+  x.need_dims(2);
   if (!(c > 0.0f) || std::isinf(c)) refuse("cap must be finite and above 0");
-  nb::gil_scoped_release free;
-  gsm::softcap(x.data(), c, x.count());
+  run_or_record(gsm::softcap_op(x.data(), c, x.size(1)), x.size(0));
 }
 
 void need_ids(const Array<const int32_t>& ids, int64_t vocab) {
@@ -86,6 +103,7 @@ void need_ids(const Array<const int32_t>& ids, int64_t vocab) {
 
 nb::tuple sample(nb::handle logits_, nb::handle recent_, double temperature, int64_t top_k, double top_p, double min_p,
                  double repeat_penalty, uint64_t seed, uint64_t step) {
+  gsm::refuse_if_recording("sample");
   const Array<const float> logits(logits_, "logits");
   const Array<const int32_t> recent(recent_, "recent");
   logits.need_dims(1);
@@ -121,6 +139,7 @@ void need_vocab(const gsm::Buffer& logits) {
 }
 
 void nll(nb::handle logits_, nb::handle targets_, nb::handle out_) {
+  gsm::refuse_if_recording("nll");
   const Array<const float> logits(logits_, "logits");
   const Array<const int32_t> targets(targets_, "targets");
   const Array<double> out(out_, "out");
@@ -134,6 +153,7 @@ void nll(nb::handle logits_, nb::handle targets_, nb::handle out_) {
 }
 
 void divergence(nb::handle base_, nb::handle other_, nb::handle kl_, nb::handle same_top_) {
+  gsm::refuse_if_recording("divergence");
   const Array<const float> base(base_, "base"), other(other_, "other");
   const Array<double> kl(kl_, "kl");
   const Array<uint8_t> same_top(same_top_, "same_top");
@@ -150,7 +170,8 @@ void divergence(nb::handle base_, nb::handle other_, nb::handle kl_, nb::handle 
 
 void bind_rows(nb::module_& m) {
   m.def("rmsnorm", &rmsnorm, "x"_a, "gain"_a, "eps"_a, "out"_a);
-  m.def("rope", &rope, "x"_a, "cos"_a, "sin"_a);
+  m.def("rope", &rope, "q"_a, "k"_a, "cos"_a, "sin"_a);
+  m.def("angles", &angles, "positions"_a, "frequencies"_a, "cos"_a, "sin"_a);
   m.def("gated", &gated, "kind"_a, "gate"_a, "up"_a, "out"_a);
   m.def("add", &add, "x"_a, "y"_a);
   m.def("scale", &scale, "x"_a, "s"_a);

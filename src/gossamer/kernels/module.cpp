@@ -12,6 +12,7 @@ void bind_linear(nb::module_& m);
 void bind_rows(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_transforms(nb::module_& m);
+void bind_program(nb::module_& m);
 
 NB_MODULE(_kernels, m) {
   m.def("isa_supported", [] {
@@ -27,4 +28,5 @@ NB_MODULE(_kernels, m) {
   bind_rows(m);
   bind_attention(m);
   bind_transforms(m);
+  bind_program(m);
 }

@@ -2,13 +2,16 @@
 // Arrays are C-contiguous; every result is independent of the number of threads.
 #pragma once
 #include <cstdint>
+#include <memory>
 
 #include "isa.h"
+#include "op.h"
 
 namespace gsm {
 
 enum class Gate { silu, gelu_tanh, gelu };
 
+// One thread's part of each op below, with the same arguments.
 GSM_DECLARE(void rmsnorm(const float* x, const float* gain, float eps, float* out, int64_t rows, int64_t width))
 GSM_DECLARE(void rope(float* x, const float* cos, const float* sin, int64_t rows, int64_t heads, int64_t dim,
                       int64_t half))
@@ -17,20 +20,26 @@ GSM_DECLARE(void add(float* x, const float* y, int64_t n))
 GSM_DECLARE(void scale(float* x, float s, int64_t n))
 GSM_DECLARE(void softcap(float* x, float cap, int64_t n))
 
-// out = x / sqrt(mean(x^2) + eps) * gain for each row; out may be x.
-inline void rmsnorm(const float* x, const float* gain, float eps, float* out, int64_t rows, int64_t width) {
-  GSM_DISPATCH(rmsnorm(x, gain, eps, out, rows, width))
-}
-// Rotates dimensions i and i + half of x [rows, heads, dim] by the angle of cos, sin [rows, half]; the rest stays.
-inline void rope(float* x, const float* cos, const float* sin, int64_t rows, int64_t heads, int64_t dim, int64_t half) {
-  GSM_DISPATCH(rope(x, cos, sin, rows, heads, dim, half))
-}
-// out = act(gate) * up over n elements; out may be gate or up.
-inline void gated(Gate kind, const float* gate, const float* up, float* out, int64_t n) {
-  GSM_DISPATCH(gated(kind, gate, up, out, n))
-}
-inline void add(float* x, const float* y, int64_t n) { GSM_DISPATCH(add(x, y, n)) }
-inline void scale(float* x, float s, int64_t n) { GSM_DISPATCH(scale(x, s, n)) }
-inline void softcap(float* x, float cap, int64_t n) { GSM_DISPATCH(softcap(x, cap, n)) }
+// out = x / sqrt(mean(x^2) + eps) * gain for each row of `width`; out may be x.
+std::unique_ptr<Op> rmsnorm_op(const float* x, const float* gain, float eps, float* out, int64_t width);
+
+// Rotates dimensions i and i + half of q [rows, heads, dim] and k [rows, kv_heads, dim] by the angle whose cosine and
+// sine lie in cos, sin [rows, half]; the other dimensions stay.
+struct Rope {
+  float *q, *k;
+  const float *cos, *sin;
+  int64_t heads, kv_heads, dim, half;
+};
+std::unique_ptr<Op> rope_op(const Rope& r);
+
+// cos, sin [rows, half] of the angles positions[row] * frequencies[i], each a float32 product. Both are computed in
+// double and rounded once.
+std::unique_ptr<Op> angles_op(const int32_t* positions, const float* frequencies, float* cos, float* sin, int64_t half);
+
+// The rest work on rows of `width` elements. out = act(gate) * up; out may be gate or up.
+std::unique_ptr<Op> gated_op(Gate kind, const float* gate, const float* up, float* out, int64_t width);
+std::unique_ptr<Op> add_op(float* x, const float* y, int64_t width);
+std::unique_ptr<Op> scale_op(float* x, float s, int64_t width);
+std::unique_ptr<Op> softcap_op(float* x, float cap, int64_t width);
 
 }  // namespace gsm

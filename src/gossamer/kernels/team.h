@@ -7,11 +7,23 @@
 
 namespace gsm {
 
+struct Op;
+
 int team_threads();
 void set_team_threads(int n);  // 1..256, throws std::invalid_argument otherwise
 
+// One op of a run: it sees rows = tokens * rows_per_token.
+struct Step {
+  Op* op;
+  int64_t rows_per_token;
+};
+
+// Runs the steps one after the other on the whole team, the caller included: one fork, a light barrier between phases,
+// one join. Calls from several threads take turns. An exception of an op is rethrown here; what follows it is left out.
+// From inside an op, everything runs on the calling thread.
+void team_steps(const Step* steps, size_t count, int64_t tokens);
+
 // Runs fn(thread, threads) on every thread of the team, the caller included; returns when all are done.
-// Calls from several threads take turns. fn must not throw and must not call team_run.
 void team_run(const std::function<void(int, int)>& fn);
 
 // The contiguous share of [0, n) that thread `t` of `threads` takes.
@@ -20,8 +32,8 @@ struct Range {
 };
 static inline Range share(int64_t n, int t, int threads) { return {n * t / threads, n * (t + 1) / threads}; }
 
-// Below this many simple element operations (a few microseconds) a call is not worth waking the team for.
-constexpr int64_t kTeamWork = 1 << 16;
+// Below this many simple element operations (about a microsecond) a phase is not worth sharing.
+constexpr int64_t kTeamWork = 1 << 15;
 
 // Calls fn(begin, end) for contiguous shares of [0, n): on the whole team when `work` element operations pay for it.
 template <class Fn>
