@@ -77,9 +77,7 @@ class Coded:
                 f"so '{self.minimum}' cannot be."
             )
         if self.depth > MAX_DEPTH:
-            raise FormatError(
-                f"{self} nests scales {self.depth} deep; at most {MAX_DEPTH} formats stand inside another."
-            )
+            raise FormatError(f"{self} nests {self.depth} formats in one another; at most {MAX_DEPTH} may.")
 
     def __str__(self) -> str:
         scale = ""
@@ -265,7 +263,7 @@ class Coded:
         into: Mapping[str, npt.NDArray[Any]],
         first_row: int,
     ) -> None:
-        """``pack_parts`` with plain scales of a row each: codes [n, cols], scales [n, groups], zeros or mins or None."""
+        """``pack_parts`` with plain scales of a row each: codes [n, cols]; scales, and zeros or mins, [n, groups]."""
         zeros, mins = (offset, None) if self.zero else (None, offset)
         self.pack_parts(Parts(codes, scales, zeros, mins), into, first_row)
 
@@ -274,7 +272,8 @@ class Coded:
     ) -> tuple[U8, npt.NDArray[Any], npt.NDArray[Any] | None]:
         """The inverse of ``pack_rows``."""
         parts = self.unpack_parts(arrays, p1 * PANEL, cols, p0, p1)
-        assert isinstance(parts.scales, np.ndarray) and not isinstance(parts.mins, Parts)
+        assert isinstance(parts.scales, np.ndarray)
+        assert not isinstance(parts.mins, Parts)
         return parts.codes, parts.scales, parts.zeros if self.zero else parts.mins
 
     def kernel(self, arrays: Mapping[str, npt.NDArray[Any]], rows: int, cols: int) -> Kernel | None:

@@ -1,7 +1,7 @@
 """How codes, scales and offsets are found: round to nearest.
 
-The ideal scale of a group follows from its elements, is stored in its format (recursively where that is nested), and the
-codes are those nearest with the scale AS STORED. ``quantize`` is idempotent: what codes stand for is quantized to
+The ideal scale of a group follows from its elements, is stored in its format (recursively where that is nested), and
+the codes are those nearest with the scale AS STORED. ``quantize`` is idempotent: what codes stand for is quantized to
 the same values again. docs/formats.md says where that has limits.
 """
 
@@ -60,13 +60,15 @@ class Parts:
     def put(self, where: Bools, other: Parts) -> None:
         """Replaces what ``take`` gives."""
         self.codes[where] = other.codes
-        pairs = [(self.zeros, other.zeros)]
-        if not self.shared:
-            pairs += [(self.scales, other.scales), (self.mins, other.mins)]  # type: ignore[list-item]
-        for mine, theirs in pairs:
-            if isinstance(mine, Parts) and isinstance(theirs, Parts):
+        if self.zeros is not None:
+            self.zeros[where] = other.zeros
+        if self.shared:
+            return
+        for mine, theirs in ((self.scales, other.scales), (self.mins, other.mins)):
+            if isinstance(mine, Parts):
+                assert isinstance(theirs, Parts)
                 mine.put(where, theirs)
-            elif isinstance(mine, np.ndarray):
+            elif mine is not None:
                 mine[where] = theirs
 
 
@@ -90,7 +92,7 @@ NOTHING = State()
 def values(number: Number, codes: npt.NDArray[Any], s: F32, zeros: F32 | None, m: F32 | None) -> F32:
     """What codes mean with scales, zero points and minima that broadcast to them: the definition, in float32."""
     if number.table is not None:
-        w = number.table[codes]
+        w: F32 = number.table[codes]
         with np.errstate(invalid="ignore"):  # the infinity of e5m2 times zero: nothing that was encoded
             w *= s
         return w
@@ -120,7 +122,8 @@ def quantize(fmt: Coded, w: F32, rows: I64, state: State | None, least: Bools | 
     x = _grouped(fmt, w)
     state = state or NOTHING
     if fmt.group.shared:
-        assert state.s is not None and state.stored_scales is not None  # the caller prepared
+        assert state.s is not None  # the caller prepared
+        assert state.stored_scales is not None
         tiles = rows // state.tile_rows
         m = None if state.m is None else state.m[tiles]
         codes, zeros = _round(fmt, x, state.s[tiles], m, inner)
@@ -163,9 +166,11 @@ def _steps(fmt: Coded, parts: Parts, rows: I64, state: State) -> tuple[F32, F32 
 
 def _load(scale: str | Coded | None, stored: npt.NDArray[Any] | Parts | None, rows: I64, state: State | None) -> F32:
     if isinstance(stored, Parts):
-        assert scale is not None and not isinstance(scale, str)
+        assert scale is not None
+        assert not isinstance(scale, str)
         return _dequantize(scale, stored, rows, state)
-    assert isinstance(scale, str) and stored is not None
+    assert isinstance(scale, str)
+    assert stored is not None
     return scales.load(stored, scale)
 
 
@@ -183,7 +188,7 @@ def _grouped(fmt: Coded, w: F32) -> F32:
 
 
 def _fit(fmt: Coded, x: F32, cols: int, rows: I64, state: State, inner: bool) -> Parts:
-    """One round to nearest of x [..., width]: codes [..., width] (whole numbers of any type), scales and offsets [...]."""
+    """One round to nearest of x [..., width]: codes [..., width] (of any type), scales and offsets [...]."""
     mins = m = None
     if fmt.minimum is not None:
         mins, m = _store_mins(fmt, -x.min(axis=-1), rows, state)
@@ -412,7 +417,7 @@ class _Derived:
 
 def prepare(fmt: Coded, source: RowSource, inner: bool = False) -> State | None:
     """The scales that rows share, at any depth; None when each row is on its own."""
-    rows, cols = source.shape
+    cols = source.shape[1]
     if fmt.group.shared:
         return _prepare_shared(fmt, source, inner)
     groups = fmt.groups(cols)

@@ -1,7 +1,7 @@
 """Codes into a table of values of its own: ``kmeans2``, ``kmeans3``, ``kmeans4``, per row or for the tensor.
 
-A stored code c stands for table[c], float32, ascending; there is no scale. Tables come from one-dimensional k-means with
-equal weights: Lloyd's iteration from two starts, the better result kept; it draws no random numbers.
+A stored code c stands for table[c], float32, ascending; there is no scale. Tables come from one-dimensional k-means
+with equal weights: Lloyd's iteration from two starts, the better result kept; it draws no random numbers.
 
 Bytes: the code fields of ``Coded``, and ``table`` F32: per tensor [2^B], per row [panel][2^B][16 rows].
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ class KMeans:
     """Codes of ``bits`` (2, 3 or 4) into a table ``per`` "row" or "tensor"."""
 
     bits: int
-    per: Literal["row", "tensor"]
+    per: str
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4):
@@ -136,7 +136,7 @@ def cluster(points: F64, weights: F64, k: int) -> F32:
     largest repeated. Else the better of two local optima of sum weight * (point - nearest)^2: from equal shares of the
     weight, and from equal shares of the cube root of the density, which is optimal for many fine levels.
     """
-    n, m = points.shape
+    n = len(points)
     single = points.astype(np.float32)
     new = np.concatenate([np.ones((n, 1), np.bool_), single[:, 1:] != single[:, :-1]], axis=1)
     few = new.sum(axis=1) <= k
@@ -171,7 +171,7 @@ def _companded(p: F64, w: F64, k: int) -> F64:
 
 def _first(ascending: F64, wanted: F64) -> I64:
     """For each row, how many of ``ascending`` [n, m] are at most each of ``wanted`` [n, q]: binary search by rows."""
-    n, m = ascending.shape
+    m = ascending.shape[1]
     low, high = np.zeros(wanted.shape, np.int64), np.full(wanted.shape, m, np.int64)
     for _ in range(m.bit_length()):
         middle = (low + high) // 2
@@ -184,11 +184,10 @@ def _first(ascending: F64, wanted: F64) -> I64:
 
 def _lloyd(p: F64, w: F64, centers: F64) -> tuple[F64, F64]:
     """Centers [n, k] moved to the means of what is nearest until nothing changes, and the error of each row."""
-    n, k = centers.shape
-    zero = np.zeros((n, 1))
+    zero = np.zeros((len(p), 1))
     mass = np.concatenate([zero, np.cumsum(w, axis=1)], axis=1)
     moment = np.concatenate([zero, np.cumsum(w * p, axis=1)], axis=1)
-    ends = np.full((n, 1), p.shape[1])
+    ends = np.full((len(p), 1), p.shape[1])
     for _ in range(ROUNDS):
         cuts = np.concatenate([0 * ends, _first(p, (centers[:, 1:] + centers[:, :-1]) / 2), ends], axis=1)
         share = np.diff(np.take_along_axis(mass, cuts, axis=1), axis=1)

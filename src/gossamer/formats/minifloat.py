@@ -9,7 +9,7 @@ Sources: OCP Microscaling Formats 1.0; OCP 8-bit Floating Point 1.0; Dettmers et
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from statistics import NormalDist
 
 import numpy as np
@@ -72,7 +72,7 @@ class Minifloat:
         return codes
 
 
-@lru_cache(maxsize=1)
+@cache
 def _normal_float() -> tuple[float, ...]:
     offset, inverse = 0.9677083, NormalDist().inv_cdf
     positive = [inverse(p) for p in np.linspace(offset, 0.5, 9)[:-1]]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -92,7 +92,7 @@ class Number:
         return Minifloat(int(match[1]), int(match[2]))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _values(n: Number) -> F32:
     if n.family == "minifloat":
         values = n.minifloat.values()

@@ -32,7 +32,8 @@ def load(stored: npt.NDArray[Any], kind: str) -> F32:
         bits[stored == 255] = 0x7FC00000
         return bits.view(np.float32)
     if kind == "e4m3":
-        return NUMBERS["e4m3"].values[stored]
+        found: F32 = NUMBERS["e4m3"].values[stored]
+        return found
     return halves.to_float(stored, kind)
 
 
@@ -65,9 +66,9 @@ def store(s: F64, kind: str, short: bool = False, towards_zero: bool = False) ->
 def store_power_of_two(s: F64, largest: float, mean: bool) -> npt.NDArray[np.uint8]:
     """e8m0 scales for ideal ones ``s`` = absmax / ``largest`` (or, for ``mean``, a mean of absolute values).
 
-    The rule of OCP MX 1.0: 2^(floor(log2 absmax) - floor(log2 largest)), where values beyond the largest saturate. Where
-    the largest code is itself a power of two (NF4, e3m0, int2) that would cut off up to half of the range, and the next
-    power of two from absmax / largest is taken; for a mean the nearest one.
+    The rule of OCP MX 1.0: 2^(floor(log2 absmax) - floor(log2 largest)), where values beyond the largest saturate.
+    Where the largest code is itself a power of two (NF4, e3m0, int2) that would cut off up to half of the range, so the
+    next power of two from absmax / largest is taken; for a mean the nearest one.
     """
     fraction, exponent = np.frexp(largest)
     if mean:
