@@ -1,7 +1,8 @@
 """Plain numbers: ``f32``, ``f16``, ``bf16``.
 
 Bytes: ``values`` lies as [panel][column][16 rows]; bf16 as [panel][block of 16 columns][8 pairs][16 rows][2], the pairs
-in the order in which the bf16 dot product takes them. Rows and columns past the end are zero.
+(0,2), (4,6), (1,3), (5,7) of each half block, the order in which two registers of codes become bf16. Rows and columns
+past the end are zero.
 """
 
 from __future__ import annotations
@@ -21,13 +22,11 @@ from gossamer.formats.numbers import FLOATS
 if TYPE_CHECKING:
     from gossamer.ops import Kernel
 
-__all__ = ["PAIRS", "Dense"]
+__all__ = ["Dense"]
 
 F32 = npt.NDArray[np.float32]
 
 BLOCK = 16  # columns of a bf16 block
-# The columns of a block in the order of its 8 pairs: even quads of each half first, as 4-byte loads of codes give them.
-PAIRS = (0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15)
 
 
 @dataclass(frozen=True)
@@ -69,18 +68,19 @@ class Dense:
         start = first_row * columns
         out = into["values"][start : start + stored.size]
         if self.number == "bf16":
-            pairs = stored.reshape(panels, PANEL, columns // BLOCK, BLOCK)[..., PAIRS]
-            out[...] = pairs.reshape(panels, PANEL, columns // 2, 2).transpose(0, 2, 1, 3).ravel()
+            # Column 4a + 2e + b of a half block is element e of its pair 2b + a.
+            grid = stored.reshape(panels, PANEL, columns // 8, 2, 2, 2).transpose(0, 2, 5, 3, 1, 4)
+            out.reshape(grid.shape)[...] = grid
         else:
-            out[...] = stored.reshape(panels, PANEL, columns).transpose(0, 2, 1).ravel()
+            grid = stored.reshape(panels, PANEL, columns).transpose(0, 2, 1)
+            out.reshape(grid.shape)[...] = grid
 
     def decode_rows(self, arrays: Mapping[str, npt.NDArray[Any]], rows: int, cols: int, r0: int, r1: int) -> F32:
         p0, p1 = r0 // PANEL, (r1 + PANEL - 1) // PANEL
         panels, columns = p1 - p0, self._columns(cols)
         flat = arrays["values"][p0 * PANEL * columns : p1 * PANEL * columns]
         if self.number == "bf16":
-            pairs = flat.reshape(panels, columns // 2, PANEL, 2).transpose(0, 2, 1, 3)
-            stored = pairs.reshape(panels * PANEL, columns // BLOCK, BLOCK)[..., np.argsort(PAIRS)]
+            stored = flat.reshape(panels, columns // 8, 2, 2, PANEL, 2).transpose(0, 4, 1, 3, 5, 2)
         else:
             stored = flat.reshape(panels, columns, PANEL).transpose(0, 2, 1)
         values = halves.to_float(np.ascontiguousarray(stored), self.number).reshape(panels * PANEL, columns)

@@ -253,9 +253,7 @@ def _best_ternary(x: F32) -> F64:
     return np.asarray(np.take_along_axis(total, best, axis=-1)[..., 0] / (best[..., 0] + 1))
 
 
-def _store_scales(
-    fmt: Coded, s: F64, limit: Any, rows: I64, state: State, towards_zero: bool = False
-) -> tuple[npt.NDArray[Any] | Parts, F32]:
+def _store_scales(fmt: Coded, s: F64, limit: Any, rows: I64, state: State) -> tuple[npt.NDArray[Any] | Parts, F32]:
     """Scales in their format and as float32, so that no value overflows float32 (``limit``)."""
     scale, number = fmt.scale, fmt.number
     if not isinstance(scale, str):
@@ -270,7 +268,7 @@ def _store_scales(
         return powers, scales.load(powers, scale)
     limit = limit * (1 - 2.0**-8)  # room for rounding up
     short = number.family != "int" and not mean
-    plain = scales.store(np.clip(s, -limit, limit), scale, short, towards_zero)
+    plain = scales.store(np.clip(s, -limit, limit), scale, short)
     return plain, scales.load(plain, scale)
 
 
@@ -312,8 +310,9 @@ def _round(fmt: Coded, x: F32, s: F32, m: F32 | None, inner: bool) -> tuple[npt.
         table = number.values
         return np.searchsorted((table[1:] + table[:-1]) / 2, t).astype(np.uint8), None
     if number.family == "bipolar":
-        t += shift
+        t += shift + 1
         t /= 2
+        np.floor(t, out=t)  # ties up, so that a group of zeros has positive codes: plus zero
     else:
         t += shift
     # With the extreme on the largest code, the one below its negative is left alone.
@@ -375,12 +374,12 @@ def _settled(fmt: Coded, found: Parts) -> Bools:
     """Which groups with plain scales use their extreme codes, so that their values give the same scale again."""
     number, codes = fmt.number, found.codes
     shape = codes.shape[:-1]
-    if number.name == "bipolar1":
-        return np.ones(shape, np.bool_)  # the mean magnitude of +s and -s is s
+    if _by_mean(number):
+        return np.ones(shape, np.bool_)  # the mean of what is kept is s
+    if fmt.scale == "e8m0" and number.family != "uint" and np.frexp(number.largest)[0] != 0.5:
+        return np.ones(shape, np.bool_)  # the floor rule leaves the extreme in its binade
     if fmt.scale not in FLOATS:
         return np.zeros(shape, np.bool_)
-    if number.family == "ternary":
-        return np.ones(shape, np.bool_)  # the mean of what is kept is s
     if number.family == "minifloat":
         magnitude = codes & np.uint8((1 << (number.bits - 1)) - 1)
         return np.asarray(magnitude.max(axis=-1) == number.minifloat.largest)
@@ -441,55 +440,77 @@ def prepare(fmt: Coded, source: RowSource, inner: bool = False) -> State | None:
 
 
 def _prepare_shared(fmt: Coded, source: RowSource, inner: bool) -> State:
-    """Scales and minima of tiles: one pass over the rows, two for ternary.
-
-    A scale is rounded towards zero, so that the extreme of its tile sits on the extreme code and the same scale is
-    found again. Beside a minimum it is rounded to nearest: the sums that give it back carry rounding errors.
-    """
+    """Scales and minima of tiles: one pass over the rows, two for ternary."""
     rows, cols = source.shape
-    number, tile = fmt.number, fmt.tile_rows(rows)
-    shape = fmt.matrix(rows, cols)
+    tile, shape = fmt.tile_rows(rows), fmt.matrix(rows, cols)
+    numbers = np.arange(shape[0])
+    if _by_mean(fmt.number):
+        s = _mean_of_tiles(fmt, source)
+        state = State(scales=_prepare_matrix(fmt.scale, s))
+        stored, single = _store_scales(fmt, s, FLOAT32_MAX, numbers, state)
+        return State(stored, None, single, None, tile)
+    # The extremes of a tile stand for it: codes are monotone, so that what is found for them holds for all between.
+    ends = np.zeros((*shape, 2), np.float32)
+    widest = np.full(shape, -np.inf)
+    for t, x in _tiles(fmt, source):
+        low, high = x.min(axis=-1), x.max(axis=-1)
+        if fmt.zero:  # zero points are of a row and group each, so the widest row decides
+            low, high = np.minimum(low, 0), np.maximum(high, 0)
+            spread = high.astype(np.float64) - low
+            row = spread.argmax(axis=0)[None]
+            pair = np.stack([np.take_along_axis(e, row, axis=0)[0] for e in (low, high)], axis=-1)
+            wider = np.take_along_axis(spread, row, axis=0)[0] > widest[t]
+            ends[t][wider] = pair[wider]
+            widest[t] = np.maximum(widest[t], spread.max(axis=0))
+        else:
+            first = widest[t] == -np.inf
+            ends[t, :, 0] = np.where(first, low.min(axis=0), np.minimum(ends[t, :, 0], low.min(axis=0)))
+            ends[t, :, 1] = np.where(first, high.max(axis=0), np.maximum(ends[t, :, 1], high.max(axis=0)))
+            widest[t] = 0
+    state = State(mins=_prepare_matrix(fmt.minimum, -ends[..., 0]))
+    if not isinstance(fmt.scale, str):
+        m = None if fmt.minimum is None else _store_mins(fmt, -ends[..., 0], numbers, state)[1]
+        s, limit = _ideal(fmt, ends, 0, m, inner)
+        state = State(mins=state.mins, scales=_prepare_matrix(fmt.scale, np.clip(s, -limit / 2, limit / 2)))
+    found = _fit(fmt, ends, ends[0].size, numbers, state, inner)
+    _settle(fmt, found, ends[0].size, numbers, state, inner)
+    single, _, m = _steps(fmt, found, numbers, state)
+    return State(found.scales, found.mins, single, m, tile)
 
-    def steps() -> Iterator[tuple[F32, I64]]:
-        """Grouped rows, and the tile of each."""
-        for r0 in range(0, rows, ROWS_PER_STEP):
-            r1 = min(rows, r0 + ROWS_PER_STEP)
-            yield _grouped(fmt, source.read(r0, r1)), np.arange(r0, r1) // tile
 
-    limit: Any = FLOAT32_MAX / max(number.largest, float(number.zero))
-    state, m = NOTHING, None
-    stored_mins: npt.NDArray[Any] | Parts | None = None
-    if _by_mean(number):
-        width = fmt.width(cols)
-        columns = np.clip(cols - width * np.arange(shape[1]), 1, width)
-        count = columns * np.clip(rows - tile * np.arange(shape[0]), 1, tile)[:, None]
-        cut: Any = np.zeros(shape)
-        for kept in range(2 if number.family == "ternary" else 1):
-            total, above = np.zeros(shape), np.zeros(shape, np.int64)
-            for x, tiles in steps():
-                magnitude = np.abs(x)
-                magnitude[magnitude <= cut[tiles][..., None]] = 0
-                np.add.at(total, tiles, magnitude.sum(axis=-1, dtype=np.float64))
-                np.add.at(above, tiles, np.count_nonzero(magnitude, axis=-1))
-            s = total / (np.maximum(above, 1) if kept else count)
-            cut = TERNARY_CUT * s
-    else:
-        low, high, spread = np.full(shape, np.inf), np.full(shape, -np.inf), np.zeros(shape)
-        for x, tiles in steps():
-            first, last = x.min(axis=-1).astype(np.float64), x.max(axis=-1).astype(np.float64)
-            np.minimum.at(low, tiles, first)
-            np.maximum.at(high, tiles, last)
-            np.maximum.at(spread, tiles, np.maximum(last, 0) - np.minimum(first, 0))
-        if fmt.minimum is not None:
-            lowest = (-low).astype(np.float32)
-            if not isinstance(fmt.minimum, str):
-                state = State(mins=prepare(fmt.minimum, ArraySource(lowest), True))
-            stored_mins, m = _store_mins(fmt, lowest, np.arange(shape[0]), state)
-            limit = (FLOAT32_MAX + np.minimum(m, 0)) / (number.levels - 1)
-        # Zero points are of a row and group each, so the widest row decides.
-        s = spread / (number.levels - 1) if fmt.zero else _ideal_of_range(fmt, low, high, m, inner)
-    if fmt.scale is not None and not isinstance(fmt.scale, str):
-        matrix = np.clip(s, -limit / 2, limit / 2).astype(np.float32)
-        state = State(scales=prepare(fmt.scale, ArraySource(matrix), True))
-    stored, single = _store_scales(fmt, s, limit, np.arange(shape[0]), state, towards_zero=m is None)
-    return State(stored, stored_mins, single, m, tile)
+def _prepare_matrix(scale: str | Coded | None, matrix: npt.NDArray[Any]) -> State | None:
+    if scale is None or isinstance(scale, str):
+        return None
+    return prepare(scale, ArraySource(matrix.astype(np.float32)), True)
+
+
+def _tiles(fmt: Coded, source: RowSource) -> Iterator[tuple[int, F32]]:
+    """Grouped rows [k, groups, width] of one tile at a time, a few at once."""
+    rows = source.shape[0]
+    tile = fmt.tile_rows(rows)
+    for r0 in range(0, rows, ROWS_PER_STEP):
+        r1 = min(rows, r0 + ROWS_PER_STEP)
+        x = _grouped(fmt, source.read(r0, r1))
+        for t in range(r0 // tile, (r1 - 1) // tile + 1):
+            yield t, x[max(0, t * tile - r0) : (t + 1) * tile - r0]
+
+
+def _mean_of_tiles(fmt: Coded, source: RowSource) -> F64:
+    """The mean magnitude of each tile; for ternary, of what is above 0.7 of it (ternary weight networks)."""
+    rows, cols = source.shape
+    tile, shape, width = fmt.tile_rows(rows), fmt.matrix(rows, cols), fmt.width(cols)
+    columns = np.clip(cols - width * np.arange(shape[1]), 1, width)
+    count = columns * np.clip(rows - tile * np.arange(shape[0]), 1, tile)[:, None]
+    total = np.zeros(shape)
+    for t, x in _tiles(fmt, source):
+        total[t] += np.abs(x).sum(axis=(0, 2), dtype=np.float64)
+    if fmt.number.family != "ternary":
+        return total / count
+    cut = TERNARY_CUT * total / count
+    total, kept = np.zeros(shape), np.zeros(shape, np.int64)
+    for t, x in _tiles(fmt, source):
+        magnitude = np.abs(x)
+        above = magnitude > cut[t][:, None]
+        total[t] += np.where(above, magnitude, 0).sum(axis=(0, 2), dtype=np.float64)
+        kept[t] += above.sum(axis=(0, 2))
+    return total / np.maximum(kept, 1)

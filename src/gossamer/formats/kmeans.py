@@ -170,16 +170,8 @@ def _companded(p: F64, w: F64, k: int) -> F64:
 
 
 def _first(ascending: F64, wanted: F64) -> I64:
-    """For each row, how many of ``ascending`` [n, m] are at most each of ``wanted`` [n, q]: binary search by rows."""
-    m = ascending.shape[1]
-    low, high = np.zeros(wanted.shape, np.int64), np.full(wanted.shape, m, np.int64)
-    for _ in range(m.bit_length()):
-        middle = (low + high) // 2
-        right = np.take_along_axis(ascending, np.minimum(middle, m - 1), axis=1) <= wanted
-        right &= low < high
-        low = np.where(right, middle + 1, low)
-        high = np.where(right, high, middle)
-    return low
+    """For each row, how many of ``ascending`` [n, m] are at most each of ``wanted`` [n, q]."""
+    return np.array([np.searchsorted(a, w, side="right") for a, w in zip(ascending, wanted)])
 
 
 def _lloyd(p: F64, w: F64, centers: F64) -> tuple[F64, F64]:

@@ -37,29 +37,23 @@ def load(stored: npt.NDArray[Any], kind: str) -> F32:
     return halves.to_float(stored, kind)
 
 
-def store(s: F64, kind: str, short: bool = False, towards_zero: bool = False) -> npt.NDArray[Any]:
+def store(s: F64, kind: str, short: bool = False) -> npt.NDArray[Any]:
     """Real scales in the storage type of ``kind`` (not e8m0): nearest, ties to even, saturating.
 
     A scale that is not zero stays so, as the smallest number. ``short``: an f32 scale keeps 16 significant bits, so
-    that its products with codes are exact. ``towards_zero``: never larger than ``s`` (but for the smallest number).
+    that its products with codes are exact and the range of the values gives the scale back.
     """
     tiny = (s != 0) & (np.abs(s) < SMALLEST[kind])
     s = np.where(tiny, np.copysign(SMALLEST[kind], s), s)
     if kind == "f32" and short:
         mantissa, exponent = np.frexp(s)
-        whole = mantissa * 65536
-        s = np.ldexp((np.trunc(whole) if towards_zero else np.rint(whole)) / 65536, exponent)
+        s = np.ldexp(np.rint(mantissa * 65536) / 65536, exponent)
     single = s.astype(np.float32)
     if kind == "e4m3":
         stored: npt.NDArray[Any] = NUMBERS["e4m3"].minifloat.encode(single)
     else:
         stored = halves.from_float(single, kind)
-    if towards_zero:
-        over = np.abs(load(stored, kind).astype(np.float64)) > np.abs(s)
-        bits = stored if stored.dtype.kind == "u" else stored.view(f"<u{stored.dtype.itemsize}")
-        bits[over] -= 1  # sign and magnitude: towards zero
-    magnitude = load(stored, kind)
-    stored[magnitude == 0] = 0  # no negative zero
+    stored[load(stored, kind) == 0] = 0  # no negative zero
     return stored
 
 
