@@ -24,6 +24,8 @@ from gossamer.formats.composite import F32, Arrays, Branch, Composite, Hints, de
 
 __all__ = ["MAX_RANK", "Rank", "truncated_svd"]
 
+F64 = npt.NDArray[np.float64]
+
 MAX_RANK = 65536
 EXACT = 1024  # the shorter side up to which the whole decomposition is found
 OVERSAMPLE = 16  # more directions than are asked for make a randomized decomposition accurate
@@ -86,24 +88,56 @@ class Rank(Composite):
 
 def truncated_svd(w: F32, rank: int) -> tuple[F32, F32]:
     """U [rows, rank] and V [rank, cols], the roots of the singular values in both."""
-    shorter, probe = min(w.shape), rank + OVERSAMPLE
-    # Singular vectors do not change with the size of the matrix; a usual size keeps squares within float32.
+    if w.shape[0] > w.shape[1]:
+        v, u = _decompose(w.T, rank)
+        u, v = u.T, v.T
+    else:
+        u, v = _decompose(w, rank)
+    sign = np.where(np.take_along_axis(u, np.abs(u).argmax(axis=0)[None], axis=0)[0] < 0, -1.0, 1.0)
+    return (u * sign).astype(np.float32), (sign[:, None] * v).astype(np.float32)
+
+
+def _decompose(w: F32, rank: int) -> tuple[F64, F64]:
+    """The same for a matrix that is not higher than wide, signs as they come."""
     size = float(np.abs(w).max())
     if size == 0:
-        return np.zeros((w.shape[0], rank), np.float32), np.zeros((rank, w.shape[1]), np.float32)
+        return np.zeros((len(w), rank)), np.zeros((rank, w.shape[1]))
+    # Singular vectors do not change with the size of the matrix; a usual one keeps squares within float32.
     unit = 2.0 ** np.floor(np.log2(size))
-    scaled = (w / unit).astype(np.float32) if unit >= 2.0**-100 else (w.astype(np.float64) / unit).astype(np.float32)
-    if shorter <= EXACT or probe > shorter // 2:
-        u, s, v = np.linalg.svd(scaled.astype(np.float64), full_matrices=False)
+    probe = rank + OVERSAMPLE
+    if len(w) <= EXACT or probe > len(w) // 2:
+        wide = w.astype(np.float64) / unit
+        u = _eigenvectors(wide @ wide.T, rank)
+        v = u.T @ wide
     else:
-        q = scaled @ np.random.default_rng(0).standard_normal((w.shape[1], probe), np.float32)
+        scaled = (w / np.float64(unit)).astype(np.float32)
+        q = _orthonormal(scaled @ np.random.default_rng(0).standard_normal((w.shape[1], probe), np.float32))
         for _ in range(2):
-            q = np.linalg.qr(scaled.T @ np.linalg.qr(q)[0])[0]
-            q = scaled @ q
-        q = np.linalg.qr(q)[0]
-        small, s, v = np.linalg.svd((q.T @ scaled).astype(np.float64), full_matrices=False)
-        u = q @ small
-    root = np.sqrt(s[:rank] * unit)
-    u, v = u[:, :rank], v[:rank]
-    sign = np.where(np.take_along_axis(u, np.abs(u).argmax(axis=0)[None], axis=0)[0] < 0, -1.0, 1.0)
-    return (u * (root * sign)).astype(np.float32), ((root * sign)[:, None] * v).astype(np.float32)
+            q = _orthonormal(scaled @ _orthonormal(scaled.T @ q))
+        inner = (q.T @ scaled).astype(np.float64)
+        turn = _eigenvectors(inner @ inner.T, rank)
+        u, v = q.astype(np.float64) @ turn, turn.T @ inner
+    singular = np.linalg.norm(v, axis=1)
+    root = np.sqrt(singular)
+    unscaled = np.where(singular > 0, np.sqrt(unit) / np.where(root > 0, root, 1), 0)
+    return u * (root * np.sqrt(unit)), unscaled[:, None] * v
+
+
+def _eigenvectors(gram: F64, count: int) -> F64:
+    """Those of the largest eigenvalues of a symmetric matrix, the largest first: [n, count]."""
+    vectors: F64 = np.linalg.eigh(gram)[1][:, ::-1][:, :count]
+    return vectors
+
+
+def _orthonormal(y: F32) -> F32:
+    """An orthonormal basis of the columns of y, zero columns in the place of dependent ones.
+
+    From the Gram matrix, twice because once leaves the rounding of a square: products of thin matrices are much faster
+    than a QR decomposition.
+    """
+    q = y.astype(np.float64)
+    for _ in range(2):
+        values, vectors = np.linalg.eigh(q.T @ q)
+        keep = values > values[-1] * 1e-12
+        q = q @ (vectors * np.where(keep, 1 / np.sqrt(np.where(keep, values, 1)), 0))
+    return q.astype(np.float32)

@@ -192,7 +192,8 @@ class Hadamard(Composite):
         fits = [d for d in range(2, min(cols, MAX_BLOCK) + 1) if cols % d == 0 and hadamard_factors(d)]
         near = sorted(sorted(fits, key=lambda d: abs(d - n))[:3])
         write = f"write hadamard({' or '.join(map(str, near))}, ...)" if near else "no block divides it"
-        raise FormatError(f"{self} does not fit {cols} columns: no known matrix of size {n} divides them; {write}.")
+        wrong = f"blocks of {n} do not divide them" if cols % n else f"no matrix of size {n} is known"
+        raise FormatError(f"{self} does not fit {cols} columns: {wrong}; {write}.")
 
     def transform(self, x: F32, arrays: Arrays) -> F32:
         """H (d * x) of float32 x [tokens, cols]."""
