@@ -49,7 +49,7 @@ __all__ = ["MAX_BLOCK", "MAX_SEED", "Hadamard", "Permute", "Scale", "hadamard_fa
 
 MAX_BLOCK = 1 << 20
 MAX_SEED = (1 << 32) - 1
-MAX_FACTOR = 256  # of the part that is no power of two: it costs so many additions an element
+MAX_FACTOR = 172  # of the part that is no power of two: it costs so many additions an element
 STEP = 256  # rows transformed at once
 
 
@@ -61,8 +61,7 @@ def hadamard_factors(n: int) -> tuple[int, int] | None:
     """(K, 2^m) with n = K 2^m and the smallest K that has a matrix of its own; None where there is none.
 
     K is 1, or q + 1 for a prime q = 3 mod 4 (Paley's first construction), or 2 (q + 1) for a prime q = 1 mod 4 (his
-    second), up to 256: 12, 20, 28, 36, 44, 60, 68, 76, 84, 104, 108, 124, 132, 140, 148, 164, 180, 196, 200, 204, 212,
-    220, 228, 252.
+    second), up to 172: 12, 20, 28, 36, 44, 60, 68, 76, 84, 104, 108, 124, 132, 140, 148, 164.
     """
     if n < 1:
         return None
@@ -187,7 +186,7 @@ class Hadamard(Composite):
 
     def check_shape(self, rows: int, cols: int) -> None:
         n = self.size(cols)
-        if cols % n == 0 and n <= MAX_BLOCK and hadamard_factors(n):
+        if cols % n == 0 and 2 <= n <= MAX_BLOCK and hadamard_factors(n):
             return
         fits = [d for d in range(2, min(cols, MAX_BLOCK) + 1) if cols % d == 0 and hadamard_factors(d)]
         near = sorted(sorted(fits, key=lambda d: abs(d - n))[:3])
