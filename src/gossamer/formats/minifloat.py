@@ -61,7 +61,8 @@ class Minifloat:
         np.clip(exponent, 128 - self.bias, 127 + (1 << self.exponent) - 1 - self.bias, out=exponent)
         # |x| in steps of its binade: a power of two is multiplied, so exactly
         step = ((254 + self.mantissa - exponent) << 23).astype(np.uint32).view(np.float32)
-        steps = np.abs(x) * step
+        with np.errstate(over="ignore"):  # an infinity saturates like others
+            steps = np.abs(x) * step
         np.rint(steps, out=steps)
         exponent -= 128 - self.bias
         exponent <<= self.mantissa
