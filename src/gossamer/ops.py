@@ -31,6 +31,7 @@ except ImportError as error:  # pragma: no branch
 __all__ = [
     "Kernel",
     "Program",
+    "Scales",
     "Weight",
     "add",
     "angles",
@@ -69,17 +70,40 @@ Program: TypeAlias = _kernels.Program
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """A packed matrix in the words of the kernels: see kernels/linear.h."""
+class Scales:
+    """The scales or minima of a packed matrix: [rows or row tiles, groups], see docs/formats.md.
 
-    code: str
-    codes: npt.NDArray[Any]
-    high: npt.NDArray[Any] | None = None
-    scale: str = "none"
-    scales: npt.NDArray[Any] | None = None
-    offset: str = "symmetric"
-    offsets: npt.NDArray[Any] | None = None
-    group: int = 0
+    ``kind``: "f32", "f16", "bf16", "e8m0", "e4m3" with ``values``, or "nested" with the matrix ``nested``.
+    """
+
+    kind: str
+    values: npt.NDArray[Any] | None = None
+    nested: Kernel | None = None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A packed matrix in the words of the kernels; arrays as docs/formats.md lays them out.
+
+    A stored weight is s * value(c), s * (c - z) with ``zeros``, or s * c - m with ``mins``, in float32.
+    """
+
+    code: str  # "f32", "f16", "bf16", or "u1" to "u8": the bits of a stored code
+    values: npt.NDArray[Any] | None = None  # dense
+    q8: npt.NDArray[Any] | None = None  # the fields of a code
+    q4: npt.NDArray[Any] | None = None
+    q2: npt.NDArray[Any] | None = None
+    q1: npt.NDArray[Any] | None = None
+    zero: float = 0  # value(c) = step * c - zero without a table
+    step: float = 1
+    table: npt.NDArray[Any] | None = None  # value(c): float32 [2^B], or per row [panel][2^B][16 rows]
+    table_per_row: bool = False
+    group: int = 0  # columns per group (a row: its padded width); 0: dense
+    tile_rows: int = 1  # rows that share a scale: 1, a multiple of 16, or the padded row count
+    scales: Scales | None = None  # None: dense, kmeans
+    zeros: npt.NDArray[Any] | None = None  # stored zero points
+    zero_bits: int = 0  # 4 or 8
+    mins: Scales | None = None
 
 
 def make_weight(kernel: Kernel, rows: int, cols: int, bias: F32 | None = None) -> Weight:

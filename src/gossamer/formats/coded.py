@@ -1,21 +1,11 @@
-"""Codes times scales over groups: ``NUM/GROUP[*SCALE][-z(FMT) or -m(FMT)]``.
+"""Codes times scales over groups: ``NUMBER/GROUP[*SCALE][-z(..) or -m(..)]``.
 
 A stored code c of a group with scale s stands for
-    s * (c - 2^(B-1))      signed ``intB``
-    s * (c - z)            ``uintB`` with a zero point, itself a code of B bits
-    s * c - m              ``uintB`` with a minimum m in a float format
-computed in float32, the parenthesis first. Groups run along the input. Defaults: scale f16 for groups, f32 for a row;
-``uintB`` means ``uintB-z(uintB)``.
-
-Bytes (columns in blocks of 8, padded with the code of zero; rows in panels of 16, padded with zero):
-    codes    8 bits: [panel][block][2][16 rows][4], column 8*block + 4*half + i
-             4 bits: [panel][block][16 rows][4], low nibble column 8*block + i, high nibble 8*block + 4 + i
-             5 bits: the low four as above, and
-    high     [panel][block][2][64 bits], bit 4*row + i: the fifth bit
-    scales   [panel][group][16 rows]
-    zeros    4 bits: [panel][group][8 bytes], low nibble row r, high nibble row r + 8;
-             5 and 8 bits: [panel][group][16 rows], a byte each
-    mins     [panel][group][16 rows]
+    s * value(c)     value(c) = c - 2^(B-1) for intB, c for uintB-z(0), else as in numbers.py
+    s * (c - z)      uintB with a stored zero point z, itself a code of B bits
+    s * c - m        uintB with a minimum m
+computed in float32, the parenthesis first. Scales, and minima, are a matrix [rows, groups] (rows of tiles where rows
+share them): plain floats, or that matrix in a Coded format of its own. How codes are found: fit.py; bytes: layout.py.
 """
 
 from __future__ import annotations
@@ -28,201 +18,242 @@ import numpy as np
 import numpy.typing as npt
 
 from gossamer.errors import FormatError
-from gossamer.formats import halves
-from gossamer.formats.node import PANEL, Field
-from gossamer.formats.numbers import FLOATS, INTEGERS, Integer
+from gossamer.formats import fit, layout, scales
+from gossamer.formats.group import MAX_GROUP, Group
+from gossamer.formats.layout import BLOCK
+from gossamer.formats.node import PANEL, Field, RowSource
+from gossamer.formats.numbers import FLOATS, NUMBERS, SCALES, Number
 
 if TYPE_CHECKING:
-    from gossamer.ops import Kernel
+    from gossamer.ops import Kernel, Scales
 
-__all__ = ["BLOCK", "MAX_GROUP", "Coded"]
+__all__ = ["BLOCK", "MAX_DEPTH", "MAX_GROUP", "Coded", "Group", "Parts", "default_scale"]
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
-BLOCK = 8  # columns whose codes lie together
-MAX_GROUP = 1 << 20  # columns
-FLOAT32_MAX = float(np.finfo(np.float32).max)
+MAX_DEPTH = 3  # a weight, its scales, the scales of its scales
+Parts = fit.Parts
 
 
 @dataclass(frozen=True)
 class Coded:
-    """Integer codes with a scale per group.
+    """Codes of ``number`` with a scale per ``group``.
 
-    ``group`` is the number of input columns that share a scale, or None for a whole row; ``minimum`` is the float
-    format of the stored minimum, or None for a zero point (unsigned) or none (signed).
+    scale: one of SCALES, or the Coded format of the scale matrix; None: f16 for gN, else f32.
+    zero: whether a zero point is stored; None: it is for uintB without a minimum. False with uintB is ``-z(0)``.
+    minimum: of uintB alone: f32, f16 or bf16, or the Coded format of the matrix of minima; None: none.
     """
 
-    number: Integer
-    group: int | None
-    scale: str
-    minimum: str | None = None
+    number: Number
+    group: Group
+    scale: str | Coded | None = None
+    zero: bool | None = None
+    minimum: str | Coded | None = None
 
     def __post_init__(self) -> None:
-        if self.number.name not in INTEGERS:
-            raise FormatError(f"'{self.number.name}' is not an integer format; there are {', '.join(INTEGERS)}.")
-        if self.group is not None and (self.group % BLOCK or not BLOCK <= self.group <= MAX_GROUP):
+        number, unsigned = self.number, self.number.family == "uint"
+        if NUMBERS.get(number.name) != number:
+            raise FormatError(f"'{number.name}' is not a number format; write for example int4, uint4, e2m1 or nf4.")
+        if self.scale is None:
+            object.__setattr__(self, "scale", default_scale(self.group))
+        if self.zero is None:
+            object.__setattr__(self, "zero", unsigned and self.minimum is None)
+        if isinstance(self.scale, str) and self.scale not in SCALES:
             raise FormatError(
-                f"group 'g{self.group}' must be a multiple of {BLOCK} up to {MAX_GROUP}, such as g32 or g128, or 'row'."
+                f"scale '{self.scale}' is not known; scales are {', '.join(SCALES)}, or a format in parentheses "
+                "such as (int8/row)."
             )
-        if self.scale not in FLOATS:
-            raise FormatError(f"scale '{self.scale}' is not known; scales are {', '.join(FLOATS)}.")
-        if self.minimum is not None and (self.number.signed or self.minimum not in FLOATS):
-            raise FormatError(f"a minimum -m(...) goes with uint4, uint5 or uint8 and is one of {', '.join(FLOATS)}.")
+        if not unsigned and (self.zero or self.minimum is not None):
+            raise FormatError(
+                f"{number.name} takes no zero point or minimum, which go with uint2 to uint8; write '{number.name}/"
+                f"{self.group}'."
+            )
+        if self.zero and self.minimum is not None:
+            raise FormatError("a format has a zero point or a minimum, not both; write -z(...) or -m(...).")
+        if isinstance(self.minimum, str) and self.minimum not in FLOATS:
+            raise FormatError(
+                f"a minimum is stored as {', '.join(FLOATS)}, or as a format such as -m(uint4/g16-z(0)), "
+                f"so '{self.minimum}' cannot be."
+            )
+        if self.depth > MAX_DEPTH:
+            raise FormatError(f"{self} nests {self.depth} formats in one another; at most {MAX_DEPTH} may.")
 
     def __str__(self) -> str:
-        group = "row" if self.group is None else f"g{self.group}"
-        scale = "" if self.scale == default_scale(self.group) else f"*{self.scale}"
+        scale = ""
+        if isinstance(self.scale, Coded):
+            scale = f"*({self.scale})"
+        elif self.scale != default_scale(self.group):
+            scale = f"*{self.scale}"
         offset = "" if self.minimum is None else f"-m({self.minimum})"
-        return f"{self.number.name}/{group}{scale}{offset}"
+        if self.number.family == "uint" and self.minimum is None and not self.zero:
+            offset = "-z(0)"
+        return f"{self.number.name}/{self.group}{scale}{offset}"
 
     @property
     def integer(self) -> bool:
-        return True
+        return self.number.table is None
+
+    @property
+    def depth(self) -> int:
+        """Formats inside one another: 1 with plain scales."""
+        return 1 + max((f.depth for f in (self.scale, self.minimum) if isinstance(f, Coded)), default=0)
 
     # ------------------------------------------------------------ shape
 
     def check(self, rows: int, cols: int) -> None:
         if rows < 1 or cols < 1:
             raise FormatError(f"{self} needs at least one row and one column, not {rows} x {cols}.")
+        self.check_weight()
 
-    def _blocks(self, cols: int) -> int:
-        return (cols + BLOCK - 1) // BLOCK
+    def check_weight(self) -> None:
+        """Raises FormatError for groups that only scale matrices may have: those of 8, 24, 40, ... columns."""
+        if self.group.cols is not None and self.group.cols % BLOCK:
+            near = self.group.cols + 8
+            raise FormatError(
+                f"group '{self.group}' of a weight must have a multiple of {BLOCK} columns (of 8 only inside a scale); "
+                f"write for example '{Group(self.group.rows, min(near, MAX_GROUP))}'."
+            )
 
-    def _group(self, cols: int) -> int:
-        """Columns per group, a multiple of 8: a row's group covers its padded width."""
-        return self._blocks(cols) * BLOCK if self.group is None else self.group
+    def width(self, cols: int) -> int:
+        """Columns per group; a whole row counts its padding."""
+        return layout.blocks(cols) * BLOCK if self.group.cols is None else self.group.cols
 
-    def _groups(self, cols: int) -> int:
-        group = self._group(cols)
-        return (cols + group - 1) // group
+    def groups(self, cols: int) -> int:
+        width = self.width(cols)
+        return (cols + width - 1) // width
 
-    @property
-    def _zero_bytes(self) -> int:
-        """Bytes of the zero points of one panel and group; 0 when there are none."""
-        if self.number.signed or self.minimum is not None:
-            return 0
-        return PANEL // 2 if self.number.bits == 4 else PANEL
+    def tile_rows(self, rows: int) -> int:
+        """Rows that share a scale: 1, a multiple of 16, or all of them with their padding."""
+        return layout.panels(rows) * PANEL if self.group.rows is None else self.group.rows
+
+    def matrix(self, rows: int, cols: int) -> tuple[int, int]:
+        """The shape of the matrix of scales."""
+        tile = self.tile_rows(rows)
+        return (rows + tile - 1) // tile, self.groups(cols)
 
     def fields(self, rows: int, cols: int) -> dict[str, Field]:
-        panels = (rows + PANEL - 1) // PANEL
-        blocks, groups = self._blocks(cols), self._groups(cols)
-        fields = {"codes": Field("U8", panels * blocks * (128 if self.number.bits == 8 else 64))}
-        if self.number.bits == 5:
-            fields["high"] = Field("U8", panels * blocks * 16)
-        fields["scales"] = Field(self.scale.upper(), panels * groups * PANEL)
-        if self._zero_bytes:
-            fields["zeros"] = Field("U8", panels * groups * self._zero_bytes)
-        if self.minimum is not None:
-            fields["mins"] = Field(self.minimum.upper(), panels * groups * PANEL)
+        tiles, groups = self.matrix(rows, cols)
+        fields = layout.code_fields(self.number.bits, rows, cols)
+        for name, scale in (("scales", self.scale), ("mins", self.minimum)):
+            if name == "mins" and self.zero:
+                fields["zeros"] = layout.zero_field(self.number.bits, rows, groups)
+            if isinstance(scale, Coded):
+                fields |= {f"{name}.{inner}": f for inner, f in scale.fields(tiles, groups).items()}
+            elif scale is not None:
+                count = tiles if self.group.shared else layout.panels(rows) * PANEL
+                fields[name] = Field(scales.FIELD[scale], count * groups)
         return fields
 
     # ------------------------------------------------------------ values
 
-    def quantize(self, w: F32) -> tuple[U8, npt.NDArray[Any], npt.NDArray[Any] | None]:
-        """Round to nearest: codes [n, cols] uint8, scales [n, groups], and zeros (uint8) or mins, or None.
+    def prepare(self, source: RowSource) -> fit.State | None:
+        """What rows share (a scale of several rows, at any depth), found in passes over the matrix; None if nothing."""
+        return fit.prepare(self, source)
 
-        Signed: the element of largest magnitude sits on the code -2^(B-1) (so the scale may be negative), which
-        uses every code. Zero point: the range of the group, widened to hold zero, is spread over all codes.
-        Minimum: the range from the stored minimum, which lies at or below the group's, up to its largest element.
-        The codes are found with the scale and the offset as they are stored, and what they stand for is
-        quantized to the same codes again. Ranges beyond the largest float32 are cut.
-        """
-        n, cols = w.shape
-        group, groups = self._group(cols), self._groups(cols)
-        padded = np.zeros((n, groups * group), np.float32)
-        padded[:, :cols] = w
+    def quantize(self, w: F32, first_row: int = 0, state: fit.State | None = None) -> Parts:
+        """Codes, scales and offsets of float32 rows [n, cols], the matrix's rows from ``first_row`` on: see fit.py."""
+        return fit.quantize(self, w, np.arange(first_row, first_row + len(w)), state)
+
+    def encode_rows(
+        self, w: F32, into: Mapping[str, npt.NDArray[Any]], first_row: int, cols: int, state: fit.State | None
+    ) -> None:
+        self.pack_parts(self.quantize(w, first_row, state), into, first_row)
+
+    def decode_rows(self, arrays: Mapping[str, npt.NDArray[Any]], rows: int, cols: int, r0: int, r1: int) -> F32:
+        p0, p1 = r0 // PANEL, layout.panels(r1)
+        keep = slice(r0 - p0 * PANEL, r1 - p0 * PANEL)
+        codes = layout.unpack_codes(arrays, self.number.bits, cols, p0, p1)[keep]
+        width, groups = self.width(cols), self.groups(cols)
+
+        def spread(per_group: F32) -> F32:
+            return np.repeat(per_group, width, axis=1)[:, :cols]
+
+        zeros = m = None
+        if self.zero:
+            z = layout.unpack_zeros(arrays["zeros"], self.number.bits, groups, p0, p1)[keep]
+            zeros = spread(z.astype(np.float32))
         if self.minimum is not None:
-            padded[:, cols:] = padded[:, (groups - 1) * group, None]  # a zero would pull the minimum towards itself
-        x = padded.reshape(n, groups, group)
-        codes, scales, offset = self._fit(x)
-        # A few groups leave the first or the last code unused, mostly because their scale has few bits left
-        # (a subnormal one): their values are quantized again until nothing changes. That ends, because each
-        # round makes the scale smaller or the minimum larger, or neither; three rounds are the most seen.
-        rest = ~self._settled(codes, offset)
-        for _ in range(100):
-            if not rest.any():
-                break
-            s, z = self._steps(scales[rest, None], None if offset is None else offset[rest, None])
-            again = self._fit(self._values(codes[rest], s, z))
-            changed = (again[0] != codes[rest]).any(axis=-1) | (again[1] != scales[rest])
-            codes[rest], scales[rest] = again[0], again[1]
-            if offset is not None and again[2] is not None:
-                changed |= again[2] != offset[rest]
-                offset[rest] = again[2]
-            rest[rest] = changed
-        return codes.reshape(n, -1)[:, :cols].astype(np.uint8), scales, offset
+            m = spread(self._read("mins", self.minimum, arrays, rows, cols, r0, r1))
+        s = spread(self._read("scales", self.scale, arrays, rows, cols, r0, r1))
+        return fit.values(self.number, codes, s, zeros, m)
 
-    def _fit(self, x: F32) -> tuple[F32, npt.NDArray[Any], npt.NDArray[Any] | None]:
-        """One round to nearest of x [..., group]: whole codes in float32, scales [...], and zeros or mins [...]."""
-        top = self.number.levels - 1
-        low, high = x.min(axis=-1).astype(np.float64), x.max(axis=-1).astype(np.float64)
-        if self.number.signed:
-            zero = self.number.zero
-            scales = self._store_scale(np.where(-low >= high, low, high) / -zero, FLOAT32_MAX / zero)
-            return self._round(x, scales, np.float32(zero)), scales, None
-        if self.minimum is None:
-            low, high = np.minimum(low, 0), np.maximum(high, 0)
-            scales = self._store_scale((high - low) / top, FLOAT32_MAX / top)
-            zeros = np.clip(np.rint(-low / _divisor(halves.to_float(scales, self.scale))), 0, top)
-            codes = self._round(x, scales, zeros.astype(np.float32)[..., None])
-            # The rounded zero point may leave the largest element just below the middle between the last two codes.
-            short = (codes.max(axis=-1) == top - 1) & (high > 0)
-            codes[short] = np.where(x[short] == high[short, None], np.float32(top), codes[short])
-            return codes, scales, zeros.astype(np.uint8)
-        mins = halves.from_float((-low).astype(np.float32), self.minimum)
-        mins = np.where(halves.to_float(mins, self.minimum) < -low, halves.next_up(mins, self.minimum), mins)
-        m = halves.to_float(mins, self.minimum)
-        scales = self._store_scale(np.maximum(high + m, 0) / top, (FLOAT32_MAX + np.minimum(m, 0)) / top)
-        with np.errstate(over="ignore"):  # an infinity is cut to the last code
-            return self._round(x + m[..., None], scales, np.float32(0)), scales, mins
-
-    def _store_scale(self, s: npt.NDArray[np.float64], limit: Any) -> npt.NDArray[Any]:
-        """Scales in their storage type, so that no value overflows float32 (``limit``), and zero without a sign."""
-        limit = limit * (1 - 2.0**-8)  # room for rounding up
-        s = np.clip(s, -limit, limit)
-        if self.scale == "f32" and not self.number.signed:
-            # With 16 significant bits s * (c - z) is exact, so that the range of the values gives the scale back.
-            mantissa, exponent = np.frexp(s)
-            s = np.ldexp(np.rint(mantissa * 65536) / 65536, exponent)
-        scales = halves.from_float(s.astype(np.float32), self.scale)
-        scales[halves.to_float(scales, self.scale) == 0] = 0
-        return scales
-
-    def _round(self, x: F32, scales: npt.NDArray[Any], shift: Any) -> F32:
-        codes: F32 = x / _divisor(halves.to_float(scales, self.scale))[..., None]
-        codes += shift
-        np.rint(codes, out=codes)
-        np.clip(codes, 0, self.number.levels - 1, out=codes)
-        return codes
-
-    def _settled(self, codes: F32, offset: npt.NDArray[Any] | None) -> npt.NDArray[np.bool_]:
-        """Which groups use the first and the last code, so that their values give the same scale and offset again."""
-        first, last = codes.min(axis=-1), codes.max(axis=-1)
-        if self.number.signed:
-            return np.asarray(first == 0)  # where the extreme sits
-        if offset is not None and self.minimum is None:  # zero belongs to the range
-            first, last = np.minimum(first, offset), np.maximum(last, offset)
-        return np.asarray((first == 0) & (last == self.number.levels - 1))
-
-    def _steps(self, scales: npt.NDArray[Any], offset: npt.NDArray[Any] | None) -> tuple[F32, Any]:
-        """Scales, and zero points or minima, as float32."""
-        s = halves.to_float(scales, self.scale)
-        if offset is None:
-            return s, np.float32(self.number.zero)
-        return s, offset.astype(np.float32) if self.minimum is None else halves.to_float(offset, self.minimum)
-
-    def _values(self, codes: npt.NDArray[Any], s: F32, offset: Any) -> F32:
-        """What codes mean, with scales and offsets that broadcast to them: the definition, in float32."""
-        q: F32 = codes.astype(np.float32)
-        w: F32 = s * q - offset if self.minimum is not None else s * (q - offset)
-        return w
-
-    def encode_rows(self, w: F32, into: Mapping[str, npt.NDArray[Any]], first_row: int, cols: int) -> None:
-        codes, scales, offset = self.quantize(w)
-        self.pack_rows(codes, scales, offset, into, first_row)
+    def _read(
+        self,
+        name: str,
+        scale: str | Coded | None,
+        arrays: Mapping[str, npt.NDArray[Any]],
+        rows: int,
+        cols: int,
+        r0: int,
+        r1: int,
+    ) -> F32:
+        """The stored scales or minima of rows r0..r1: float32 [r1 - r0, groups]."""
+        tiles, groups = self.matrix(rows, cols)
+        tile = self.tile_rows(rows)
+        t0, t1 = r0 // tile, (r1 + tile - 1) // tile
+        if isinstance(scale, Coded):
+            found = scale.decode_rows(layout.under(arrays, f"{name}."), tiles, groups, t0, t1)
+        elif self.group.shared:
+            found = scales.load(arrays[name][t0 * groups : t1 * groups], str(scale)).reshape(t1 - t0, groups)
+        else:
+            p0 = r0 // PANEL
+            flat = layout.unpack_by_row(arrays[name], groups, p0, layout.panels(r1))
+            found = scales.load(flat[r0 - p0 * PANEL : r1 - p0 * PANEL], str(scale))
+        return found if tile == 1 else found[np.arange(r0, r1) // tile - t0]
 
     # ------------------------------------------------------------ bytes
+
+    def pack_parts(self, parts: Parts, into: Mapping[str, npt.NDArray[Any]], first_row: int) -> None:
+        """Lays out codes, scales, zero points and minima as they are: nothing is computed, so nothing is lost.
+
+        ``first_row`` is a multiple of 16. Scales and minima of ``parts`` are in the storage type of their format, or
+        Parts themselves where they are nested; where rows share them (``parts.shared``) they are those of the whole
+        matrix, and are laid out with row 0.
+        """
+        number = self.number
+        layout.pack_codes(parts.codes, number.bits, number.zero_code or 0, into, first_row)
+        if parts.zeros is not None:
+            layout.pack_zeros(parts.zeros, number.bits, into["zeros"], first_row)
+        if parts.shared and first_row:
+            return
+        for name, scale, stored in (("scales", self.scale, parts.scales), ("mins", self.minimum, parts.mins)):
+            if stored is None:
+                continue
+            if isinstance(scale, Coded):
+                assert isinstance(stored, Parts)
+                scale.pack_parts(stored, layout.under(into, f"{name}."), first_row)
+            elif parts.shared:
+                assert isinstance(stored, np.ndarray)
+                into[name][: stored.size] = stored.ravel()
+            else:
+                assert isinstance(stored, np.ndarray)
+                layout.pack_by_row(stored, into[name], first_row)
+
+    def unpack_parts(self, arrays: Mapping[str, npt.NDArray[Any]], rows: int, cols: int, p0: int, p1: int) -> Parts:
+        """The inverse of ``pack_parts`` for panels p0..p1: all 16 (p1 - p0) rows, padding included."""
+        tiles, groups = self.matrix(rows, cols)
+
+        def stored(name: str, scale: str | Coded | None) -> npt.NDArray[Any] | Parts | None:
+            if scale is None:
+                return None
+            if isinstance(scale, Coded):
+                q0, q1 = (0, layout.panels(tiles)) if self.group.shared else (p0, p1)
+                return scale.unpack_parts(layout.under(arrays, f"{name}."), tiles, groups, q0, q1)
+            if self.group.shared:
+                return arrays[name][: tiles * groups].reshape(tiles, groups)
+            return layout.unpack_by_row(arrays[name], groups, p0, p1)
+
+        bits = self.number.bits
+        scale = stored("scales", self.scale)
+        assert scale is not None
+        return Parts(
+            codes=layout.unpack_codes(arrays, bits, cols, p0, p1),
+            scales=scale,
+            zeros=layout.unpack_zeros(arrays["zeros"], bits, groups, p0, p1) if self.zero else None,
+            mins=stored("mins", self.minimum),
+            shared=self.group.shared,
+        )
 
     def pack_rows(
         self,
@@ -232,114 +263,51 @@ class Coded:
         into: Mapping[str, npt.NDArray[Any]],
         first_row: int,
     ) -> None:
-        """Lays out codes [n, cols] (stored form), scales [n, groups] and zeros or mins [n, groups].
-
-        ``first_row`` is a multiple of 16; scales and mins come in the storage type of their format.
-        """
-        n, cols = codes.shape
-        panels, blocks, groups = (n + PANEL - 1) // PANEL, self._blocks(cols), self._groups(cols)
-        p = first_row // PANEL
-        padded = np.full((panels * PANEL, blocks * BLOCK), self.number.zero, np.uint8)
-        padded[:n, :cols] = codes
-        grid = padded.reshape(panels, PANEL, blocks, 2, 4).transpose(0, 2, 3, 1, 4)  # panel, block, half, row, i
-        if self.number.bits == 8:
-            _span(into["codes"], p, panels, blocks * 128)[...] = grid.reshape(panels, -1)
-        else:
-            low = (grid[:, :, 0] & 15) | ((grid[:, :, 1] & 15) << 4)
-            _span(into["codes"], p, panels, blocks * 64)[...] = low.reshape(panels, -1)
-        if self.number.bits == 5:
-            bits = np.packbits((grid >> 4).reshape(panels, -1, 64), axis=-1, bitorder="little")
-            _span(into["high"], p, panels, blocks * 16)[...] = bits.reshape(panels, -1)
-        _span(into["scales"], p, panels, groups * PANEL)[...] = _by_panel(scales, panels, 0)
-        if offset is None:
-            return
-        if self.minimum is not None:
-            _span(into["mins"], p, panels, groups * PANEL)[...] = _by_panel(offset, panels, 0)
-            return
-        zeros = _by_panel(offset, panels, 0).reshape(panels, groups, PANEL)
-        if self.number.bits == 4:
-            zeros = zeros[:, :, :8] | (zeros[:, :, 8:] << 4)
-        _span(into["zeros"], p, panels, groups * self._zero_bytes)[...] = zeros.reshape(panels, -1)
+        """``pack_parts`` with plain scales of a row each: codes [n, cols]; scales, and zeros or mins, [n, groups]."""
+        zeros, mins = (offset, None) if self.zero else (None, offset)
+        self.pack_parts(Parts(codes, scales, zeros, mins), into, first_row)
 
     def unpack_rows(
         self, arrays: Mapping[str, npt.NDArray[Any]], cols: int, p0: int, p1: int
     ) -> tuple[U8, npt.NDArray[Any], npt.NDArray[Any] | None]:
-        """The inverse of ``pack_rows`` for panels p0..p1: codes, scales, zeros or mins of all 16 (p1 - p0) rows."""
-        panels, blocks, groups = p1 - p0, self._blocks(cols), self._groups(cols)
-        if self.number.bits == 8:
-            grid = _span(arrays["codes"], p0, panels, blocks * 128).reshape(panels, blocks, 2, PANEL, 4)
-        else:
-            both = _span(arrays["codes"], p0, panels, blocks * 64).reshape(panels, blocks, 1, PANEL, 4)
-            grid = np.concatenate([both & 15, both >> 4], axis=2)
-        if self.number.bits == 5:
-            high = _span(arrays["high"], p0, panels, blocks * 16).reshape(panels, blocks, 2, 8)
-            grid = grid | (np.unpackbits(high, axis=-1, bitorder="little").reshape(grid.shape) << 4)
-        codes = grid.transpose(0, 3, 1, 2, 4).reshape(panels * PANEL, blocks * BLOCK)[:, :cols]
-
-        def by_row(name: str) -> npt.NDArray[Any]:
-            flat = _span(arrays[name], p0, panels, groups * PANEL).reshape(panels, groups, PANEL)
-            return flat.transpose(0, 2, 1).reshape(panels * PANEL, groups)
-
-        offset: npt.NDArray[Any] | None = None
-        if self.minimum is not None:
-            offset = by_row("mins")
-        elif self._zero_bytes == PANEL:
-            offset = by_row("zeros")
-        elif self._zero_bytes:
-            z = _span(arrays["zeros"], p0, panels, groups * 8).reshape(panels, groups, 8)
-            z = np.concatenate([z & 15, z >> 4], axis=2)
-            offset = z.transpose(0, 2, 1).reshape(panels * PANEL, groups)
-        return codes, by_row("scales"), offset
-
-    def decode_rows(self, arrays: Mapping[str, npt.NDArray[Any]], rows: int, cols: int, r0: int, r1: int) -> F32:
-        p0, p1 = r0 // PANEL, (r1 + PANEL - 1) // PANEL
-        codes, scales, offset = self.unpack_rows(arrays, cols, p0, p1)
-        keep = slice(r0 - p0 * PANEL, r1 - p0 * PANEL)
-        group = self._group(cols)
-
-        def spread(per_group: F32) -> F32:
-            return np.repeat(per_group[keep], group, axis=1)[:, :cols]
-
-        s, z = self._steps(scales, offset)
-        return self._values(codes[keep], spread(s), z if offset is None else spread(z))
+        """The inverse of ``pack_rows``."""
+        parts = self.unpack_parts(arrays, p1 * PANEL, cols, p0, p1)
+        assert isinstance(parts.scales, np.ndarray)
+        assert not isinstance(parts.mins, Parts)
+        return parts.codes, parts.scales, parts.zeros if self.zero else parts.mins
 
     def kernel(self, arrays: Mapping[str, npt.NDArray[Any]], rows: int, cols: int) -> Kernel | None:
         from gossamer.ops import Kernel
 
-        offset = "symmetric"
-        if self.minimum is not None:
-            offset = f"min_{self.minimum}"
-        elif self._zero_bytes:
-            offset = "zero_u4" if self._zero_bytes == 8 else "zero_u8"
+        number = self.number
+        scale = self._matrix_of("scales", self.scale, arrays, rows, cols)
         return Kernel(
-            code=f"u{self.number.bits}",
-            codes=arrays["codes"],
-            high=arrays.get("high"),
-            scale=self.scale,
-            scales=arrays["scales"],
-            offset=offset,
-            offsets=arrays.get("zeros", arrays.get("mins")),
-            group=self._group(cols),
+            code=f"u{number.bits}",
+            q8=arrays.get("q8"),
+            q4=arrays.get("q4"),
+            q2=arrays.get("q2"),
+            q1=arrays.get("q1"),
+            zero=float(number.zero),
+            step=float(number.step),
+            table=number.table,
+            group=self.width(cols),
+            tile_rows=self.tile_rows(rows),
+            scales=scale,
+            zeros=arrays.get("zeros"),
+            zero_bits=layout.zero_bits(number.bits) if self.zero else 0,
+            mins=self._matrix_of("mins", self.minimum, arrays, rows, cols),
         )
 
+    def _matrix_of(
+        self, name: str, scale: str | Coded | None, arrays: Mapping[str, npt.NDArray[Any]], rows: int, cols: int
+    ) -> Scales | None:
+        from gossamer.ops import Scales
 
-def default_scale(group: int | None) -> str:
-    """f16 for groups, f32 for a whole row."""
-    return "f32" if group is None else "f16"
-
-
-def _divisor(s: F32) -> F32:
-    """The scale to divide by; a zero one (an all-zero group) makes every quotient zero."""
-    return np.where(s == 0, np.float32(np.inf), s)
-
-
-def _span(array: npt.NDArray[Any], panel: int, panels: int, per_panel: int) -> npt.NDArray[Any]:
-    return array[panel * per_panel : (panel + panels) * per_panel].reshape(panels, per_panel)
+        if isinstance(scale, Coded):
+            return Scales("nested", nested=scale.kernel(layout.under(arrays, f"{name}."), *self.matrix(rows, cols)))
+        return None if scale is None else Scales(scale, arrays[name])
 
 
-def _by_panel(values: npt.NDArray[Any], panels: int, fill: int) -> npt.NDArray[Any]:
-    """[n, groups] to [panels, groups * 16], padded rows filled."""
-    n, groups = values.shape
-    padded = np.full((panels * PANEL, groups), fill, values.dtype)
-    padded[:n] = values
-    return padded.reshape(panels, PANEL, groups).transpose(0, 2, 1).reshape(panels, groups * PANEL)
+def default_scale(group: Group) -> str:
+    """f16 for groups of a row's columns; f32 for a row, a tile and a tensor."""
+    return "f16" if group.rows == 1 and group.cols is not None else "f32"

@@ -91,8 +91,14 @@ class Format(Protocol):
     def fields(self, rows: int, cols: int) -> dict[str, Field]:
         """The packed arrays in file order."""
 
-    def encode_rows(self, w: F32, into: Mapping[str, npt.NDArray[Any]], first_row: int, cols: int) -> None:
-        """Encodes float32 rows [n, cols] at ``first_row`` (a multiple of 16) into the padded arrays."""
+    def prepare(self, source: RowSource) -> Any:
+        """What rows share, found in passes over the matrix in bounded memory; None where each row is on its own."""
+
+    def encode_rows(self, w: F32, into: Mapping[str, npt.NDArray[Any]], first_row: int, cols: int, state: Any) -> None:
+        """Encodes float32 rows [n, cols] at ``first_row`` (a multiple of 16) into the padded arrays.
+
+        ``state`` is what ``prepare`` gave for the whole matrix.
+        """
 
     def decode_rows(self, arrays: Mapping[str, npt.NDArray[Any]], rows: int, cols: int, r0: int, r1: int) -> F32:
         """float32 [r1 - r0, cols]: what the arrays mean."""
@@ -150,6 +156,29 @@ def allocate(fmt: Format, rows: int, cols: int) -> dict[str, npt.NDArray[Any]]:
     return {name: np.zeros(f.length, f.numpy) for name, f in fmt.fields(rows, cols).items()}
 
 
+@dataclass(frozen=True)
+class _Finite:
+    """A source that refuses NaN and infinite weights, with their row."""
+
+    source: RowSource
+    fmt: Format
+    where: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.source.shape
+
+    def read(self, r0: int, r1: int) -> F32:
+        w = self.source.read(r0, r1)
+        if not np.isfinite(w).all():
+            row = r0 + int(np.argmin(np.isfinite(w).all(axis=1)))
+            raise FormatError(
+                f"{self.where} holds a NaN or an infinity in row {row}, so it cannot be stored as {self.fmt}; "
+                "check the checkpoint."
+            )
+        return w
+
+
 def encode(fmt: Format, source: RowSource, where: str = "the matrix") -> Packed:
     """Stores a matrix as ``fmt`` says, a few rows at a time.
 
@@ -157,15 +186,10 @@ def encode(fmt: Format, source: RowSource, where: str = "the matrix") -> Packed:
     """
     rows, cols = source.shape
     arrays = allocate(fmt, rows, cols)
+    source = _Finite(source, fmt, where)
+    state = fmt.prepare(source)
     for r0 in range(0, rows, ROWS_PER_STEP):
-        w = source.read(r0, min(rows, r0 + ROWS_PER_STEP))
-        if not np.isfinite(w).all():
-            row = r0 + int(np.argmin(np.isfinite(w).all(axis=1)))
-            raise FormatError(
-                f"{where} holds a NaN or an infinity in row {row}, so it cannot be stored as {fmt}; "
-                "check the checkpoint."
-            )
-        fmt.encode_rows(w, arrays, r0, cols)
+        fmt.encode_rows(source.read(r0, min(rows, r0 + ROWS_PER_STEP)), arrays, r0, cols, state)
     return Packed(fmt, (rows, cols), arrays)
 
 
