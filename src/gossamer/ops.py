@@ -32,6 +32,7 @@ __all__ = [
     "attention",
     "decode_rows",
     "divergence",
+    "dot_peak",
     "gated",
     "isa",
     "isa_supported",
@@ -128,6 +129,7 @@ sample = _kernels.sample
 nll = _kernels.nll
 divergence = _kernels.divergence
 read_bandwidth = _kernels.read_bandwidth
+dot_peak = _kernels.dot_peak
 probe_release = _kernels.probe_release
 if _forced := os.environ.get("GOSSAMER_ISA"):
     try:
