@@ -26,7 +26,7 @@ float read_lines(const float* memory, int64_t floats, int prefetch) {
 #if defined(__AVX512F__)
 constexpr int kChains = 12;
 #elif defined(__AVX2__)
-constexpr int kChains = 5;
+constexpr int kChains = 6;
 #else
 constexpr int kChains = 2;
 #endif
