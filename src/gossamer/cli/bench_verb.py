@@ -28,7 +28,7 @@ from gossamer.models.load import Loaded
 __all__ = ["batch_sizes", "run", "split_formats"]
 
 OWN = "the file's own"
-MOST_SEQUENCES = 1024
+MOST_SEQUENCES = 64  # what one store of keys and values has room for
 
 
 def split_formats(text: str) -> list[str]:

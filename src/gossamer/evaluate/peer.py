@@ -53,8 +53,10 @@ class LlamaCpp:
             )
         self._python = python or sys.executable
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - until close
-        self._process = _start(self._python, [str(self.model), str(threads or default_threads())], self._errors)
+        self._process: subprocess.Popen[str] | None = None
         try:
+            arguments = [str(self.model), str(threads or default_threads())]
+            self._process = _start(self._python, arguments, self._errors)
             self.about = self._answer()
         except BaseException:
             self.close()
@@ -73,6 +75,7 @@ class LlamaCpp:
         return {"name": self.name, "model": self.model.name, "bits_per_weight": self.bits_per_weight, **self.about}
 
     def _ask(self, **request: Any) -> float:
+        assert self._process is not None
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # the answer says why
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -80,6 +83,7 @@ class LlamaCpp:
         return float(self._answer()["seconds"])
 
     def _answer(self) -> dict[str, Any]:
+        assert self._process is not None
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -95,6 +99,9 @@ class LlamaCpp:
 
     def close(self) -> None:
         """Ends the process."""
+        self._errors.close()
+        if self._process is None:
+            return
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with suppress(OSError):
@@ -104,7 +111,6 @@ class LlamaCpp:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._errors.close()
 
     def __enter__(self) -> Self:
         return self

@@ -50,6 +50,7 @@ def draw(data: Mapping[str, Any], path: str | Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"
     import matplotlib.pyplot as plt
 
     rows = data["rows"]
@@ -81,8 +82,8 @@ def draw(data: Mapping[str, Any], path: str | Path) -> None:
         for edge in ("top", "right"):
             axis.spines[edge].set_visible(False)
     axes[0][0].set_ylabel("tokens / s", fontsize=9)
-    axes[0][0].legend(fontsize=7, frameon=False)
-    figure.suptitle(f"{data['model']}, {data['threads']} threads, {data['isa']}", fontsize=9)
+    figure.suptitle(f"{data['model']}, {data['threads']} threads, {data['isa']}", fontsize=9, x=0.02, ha="left")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper right", ncols=3, fontsize=7, frameon=False)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

@@ -233,12 +233,11 @@ class Ours:
     """The timed loops over one model and one store of keys and values."""
 
     def __init__(self, model: LLM | Loaded, fmt: str, prefill: int, batch: int, steps: int) -> None:
-        self.model = model
         self.transformer = (model.loaded if isinstance(model, LLM) else model).transformer
         config = self.transformer.config
         room = max(_whole(prefill), batch * _whole(PROMPT + steps))
-        pool = kv.KVPool(config, room, fmt)
-        self.sequences = [kv.Sequence(pool) for _ in range(batch)]
+        self.pool = kv.KVPool(config, room, fmt)
+        self.sequences = [kv.Sequence(self.pool) for _ in range(batch)]
         self.tokens = np.random.default_rng(0).integers(0, config.vocab, (batch, max(prefill, PROMPT + steps)), "i4")
 
     def _run(self, tokens: I32, sequence: kv.Sequence) -> None:
@@ -256,10 +255,15 @@ class Ours:
         if len(tokens) == 1:
             self._run(tokens, self.sequences[0])
             return
-        decode_batch = getattr(self.model, "decode_batch", None)
-        if decode_batch is None:
-            raise UsageError(f"this model decodes one sequence at a time, not {len(tokens)}; leave --batch at 1.")
-        decode_batch(self.sequences[: len(tokens)], tokens)
+        batch = self.sequences[: len(tokens)]
+        for sequence in batch:
+            sequence.reserve(1)
+        positions = np.array([s.length for s in batch], np.int32)
+        rows = np.array([s.row for s in batch], np.int32)  # type: ignore[attr-defined]
+        hidden = self.transformer.step(tokens, positions, rows, self.pool)  # type: ignore[attr-defined]
+        self.transformer.logits(hidden, copy=False)  # type: ignore[call-arg]
+        for sequence in batch:
+            sequence.length += 1
 
     def _empty(self) -> None:
         for sequence in self.sequences:
