@@ -126,8 +126,9 @@ def test_a_python_without_llama_cpp(small_gguf, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(UsageError, match=r"needs the module llama_cpp, .* 'make peers', or .* --peer-python"):
         peer.LlamaCpp(small_gguf, python=sys.executable)
-    with pytest.raises(UsageError, match=r"cannot quantize small\.gguf: it has no llama_cpp; see 'make peers'"):
-        peer.quantize(small_gguf, tmp_path / "out.gguf", "Q4_0")
+    for ask in (peer.check_peer, lambda: peer.quantize(small_gguf, tmp_path / "out.gguf", "Q4_0")):
+        with pytest.raises(UsageError, match="'make peers'"):
+            ask()
     with pytest.raises(UsageError, match="'/no/python' cannot be started"):
         peer.LlamaCpp(small_gguf, python="/no/python")
 
@@ -174,6 +175,15 @@ def test_the_steps_of_the_worker(small_gguf, pretended):
     }
     assert 4.5 < about["bits_per_weight"] < 5
     assert side._process.returncode == 0
+
+
+def test_checking_and_quantizing(small_gguf, pretended, tmp_path):
+    peer.check_peer()
+    with pytest.raises(UsageError, match=r"llama\.cpp cannot quantize small\.gguf: .*quantize_default_params"):
+        peer.quantize(small_gguf, tmp_path / "out.gguf", "Q4_0")
+    (tmp_path / "llama_cpp.py").write_text("raise RuntimeError('no such library.')")
+    with pytest.raises(UsageError, match=r"cannot load llama_cpp: RuntimeError: no such library\.$"):
+        peer.check_peer()
 
 
 def test_a_worker_that_ends(small_gguf, pretended):

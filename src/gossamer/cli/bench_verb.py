@@ -16,7 +16,7 @@ from gossamer.engine.llm import LLM
 from gossamer.errors import UsageError
 from gossamer.evaluate import bench, shape_model
 from gossamer.evaluate.machine import forget_peak_rss
-from gossamer.evaluate.peer import PEERS, LlamaCpp
+from gossamer.evaluate.peer import PEERS, LlamaCpp, check_peer
 from gossamer.evaluate.peer_gguf import random_gguf
 from gossamer.evaluate.report import check_picture, draw, report
 from gossamer.evaluate.shapes import shape_config
@@ -66,14 +66,14 @@ def run(args: argparse.Namespace) -> None:
         formats = ["int4/g32"]
     batches = batch_sizes(args.batch)
     keep = [(pattern, str(fmt)) for pattern, fmt in keep_rules(args.keep)]
-    _check_peer(args)
+    if args.shape is not None:
+        shape_config(args.shape)
     for path in (args.plot, args.json):
         if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
             raise UsageError(f"'{path}' cannot be written: its folder does not exist; make it first.")
     if args.plot is not None:
         check_picture(args.plot)
-    if args.shape is not None:
-        shape_config(args.shape)
+    _check_peer(args)
     if args.threads is not None:
         ops.set_threads(args.threads)
     quiet = args.json == "-"
@@ -122,6 +122,7 @@ def _check_peer(args: argparse.Namespace) -> None:
         return
     if args.peer not in PEERS:
         raise UsageError(f"--peer '{args.peer}' is not known; choose {', '.join(PEERS)}.")
+    check_peer(args.peer_python)
 
 
 def _open_peer(args: argparse.Namespace, stack: ExitStack) -> LlamaCpp:

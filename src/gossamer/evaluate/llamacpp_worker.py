@@ -2,7 +2,8 @@
 
 Run as a file, by a Python that has ``llama_cpp``; it needs nothing of Gossamer. Between requests it is blocked on its
 standard input. ``MODEL THREADS`` reads JSON lines {"work": "prefill", "tokens": n} and {"work": "decode", "batch": b,
-"steps": n} and answers {"seconds": s}. ``quantize SOURCE TARGET TYPE`` writes another GGUF file.
+"steps": n} and answers {"seconds": s}. ``quantize SOURCE TARGET TYPE`` writes another GGUF file, ``check`` tells
+whether the module is there.
 """
 
 from __future__ import annotations
@@ -127,6 +128,8 @@ def main() -> None:
         lc = importlib.import_module("llama_cpp")
     except ImportError:
         print(json.dumps({"missing": "llama_cpp"}), flush=True)
+        return
+    if sys.argv[1] == "check":
         return
     if sys.argv[1] == "quantize":
         quantize(lc, *sys.argv[2:5])

@@ -15,7 +15,7 @@ from gossamer.checkpoints.gguf import GGUFFile
 from gossamer.errors import ResourceError, UsageError
 from gossamer.limits import available_memory, default_threads
 
-__all__ = ["PEERS", "LlamaCpp", "quantize"]
+__all__ = ["PEERS", "LlamaCpp", "check_peer", "quantize"]
 
 PEERS = ("llama.cpp",)
 REPACKED = 1.9  # llama.cpp keeps the file's weights and a second copy that its kernels read
@@ -91,10 +91,7 @@ class LlamaCpp:
             raise UsageError(f"llama.cpp stopped: {_last_line(self._errors, self._process.returncode)}.")
         answer: dict[str, Any] = json.loads(line)
         if "missing" in answer:
-            raise UsageError(
-                f"--peer llama.cpp needs the module {answer['missing']}, which {self._python} "
-                "does not have; build it with 'make peers', or name a Python that has it with --peer-python."
-            )
+            raise _missing(self._python)
         return answer
 
     def close(self) -> None:
@@ -121,15 +118,35 @@ class LlamaCpp:
         self.close()
 
 
+def check_peer(python: str | None = None) -> None:
+    """Raises UsageError when ``python`` (None: this one) has no ``llama_cpp``, before anything big is made for it."""
+    python = python or sys.executable
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = _start(python, ["check"], errors)
+        out, _ = process.communicate()
+        if out:
+            raise _missing(python)
+        if process.returncode:
+            raise UsageError(f"{python} cannot load llama_cpp: {_last_line(errors, process.returncode)}.")
+
+
 def quantize(source: Path, target: Path, kind: str, *, python: str | None = None) -> None:
     """Writes ``source`` anew as llama.cpp's type ``kind`` ("Q4_0"). Raises UsageError when that does not work."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         python = python or sys.executable
         process = _start(python, ["quantize", str(source), str(target), kind], errors)
         out, _ = process.communicate()
-        if process.returncode or out:
-            why = "it has no llama_cpp" if out else _last_line(errors, process.returncode)
-            raise UsageError(f"{python} cannot quantize {source.name}: {why}; see 'make peers'.")
+        if out:
+            raise _missing(python)
+        if process.returncode:
+            raise UsageError(f"llama.cpp cannot quantize {source.name}: {_last_line(errors, process.returncode)}.")
+
+
+def _missing(python: str) -> UsageError:
+    return UsageError(
+        f"--peer llama.cpp needs the module llama_cpp, which {python} does not have; build it with 'make peers', "
+        "or name a Python that has it with --peer-python."
+    )
 
 
 def _start(python: str, arguments: list[str], errors: Any) -> subprocess.Popen[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,12 +45,13 @@ def random_gguf(config: Config, name: str) -> Iterator[Path]:
         yield path
 
 
-def write_random_gguf(config: Config, path: Path) -> None:
+def write_random_gguf(config: Config, path: Path, vocabulary: Callable[[Any], None] | None = None) -> None:
     """Writes a model of this shape as llama.cpp's own Q4_0: every matrix Q4_0, the head Q6_K, norms float32.
 
-    A head whose rows are no whole blocks of Q6_K is Q8_0, as llama.cpp makes it. The file has no vocabulary, only its
-    size, and plain RoPE, which cost the same. Raises UsageError for a family other than llama and mistral or for
-    widths that the blocks do not divide, and ResourceError when the disk is full.
+    A head whose rows are no whole blocks of Q6_K is Q8_0, as llama.cpp makes it. ``vocabulary`` is given the
+    GGUFWriter to describe a tokenizer; without it the file has none, only its size. RoPE is plain, which costs the
+    same. Raises UsageError for a family other than llama and mistral or for widths that the blocks do not divide, and
+    ResourceError when the disk is full.
     """
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -87,7 +89,10 @@ def write_random_gguf(config: Config, path: Path) -> None:
     writer.add_rope_freq_base(config.ropes[0].theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_vocab_size(config.vocab)
-    writer.add_tokenizer_model("none")
+    if vocabulary is None:
+        writer.add_tokenizer_model("none")
+    else:
+        vocabulary(writer)
     for name, kind, rows, cols in matrices:
         shape = (rows, _row_bytes(kind, cols))
         writer.add_tensor_info(

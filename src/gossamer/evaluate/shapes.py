@@ -19,7 +19,7 @@ from gossamer.models.load import Loaded, Progress
 from gossamer.models.topology import Site, describe
 from gossamer.models.transformer import Transformer
 
-__all__ = ["SHAPES", "shape_config", "shape_model"]
+__all__ = ["SHAPES", "random_matrix", "shape_config", "shape_model"]
 
 F32 = npt.NDArray[np.float32]
 
@@ -122,6 +122,12 @@ def shape_model(
     vectors = {v.name: np.ones(v.size, np.float32) for v in topology.vectors}
     unfused = {site: r.refused for site, r in runners.items() if r.refused is not None}
     return Loaded(Transformer(config, runners, vectors), topology, formats, packed, unfused)
+
+
+def random_matrix(fmt: Format, rows: int, cols: int) -> Packed:
+    """A matrix of random weights stored as ``fmt``: the encoding of a few, repeated. Raises FormatError."""
+    fmt.check(rows, cols)
+    return _RandomMatrices(fmt).make(rows, cols)
 
 
 class _RandomMatrices:
