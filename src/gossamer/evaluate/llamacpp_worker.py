@@ -123,11 +123,17 @@ def quantize(lc: Any, source: str, target: str, kind: str) -> None:
         raise SystemExit("llama_model_quantize failed")
 
 
+def answer(data: dict[str, Any]) -> None:
+    """A line into the pipe."""
+    sys.stdout.write(json.dumps(data) + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     try:
         lc = importlib.import_module("llama_cpp")
     except ImportError:
-        print(json.dumps({"missing": "llama_cpp"}), flush=True)
+        answer({"missing": "llama_cpp"})
         return
     if sys.argv[1] == "check":
         return
@@ -135,11 +141,11 @@ def main() -> None:
         quantize(lc, *sys.argv[2:5])
         return
     engine = Engine(lc, sys.argv[1], int(sys.argv[2]))
-    print(json.dumps(engine.about()), flush=True)
+    answer(engine.about())
     for line in sys.stdin:
         request = json.loads(line)
         seconds = getattr(engine, request.pop("work"))(**request)
-        print(json.dumps({"seconds": seconds}), flush=True)
+        answer({"seconds": seconds})
 
 
 if __name__ == "__main__":

@@ -148,20 +148,31 @@ class _RandomMatrices:
     def make(self, rows: int, cols: int) -> Packed:
         """A matrix with memory of its own."""
         fmt, (values, block) = self.format, self._block(cols)
-        arrays = allocate(fmt, rows, cols)
         panel = {key: field.used for key, field in fmt.fields(PANEL, cols).items()}
         used = {key: field.used for key, field in fmt.fields(rows, cols).items()}
-        panels = rows // PANEL
         if used != {key: size * -(-rows // PANEL) for key, size in panel.items()}:
-            panels = 0  # not laid out panel by panel, so the matrix is encoded
+            return encode(fmt, _Repeated(values, rows))  # not laid out panel by panel
+        arrays = allocate(fmt, rows, cols)
+        panels, left = divmod(rows, PANEL)
+        end = encode(fmt, ArraySource(values[:left])) if left else None
         for key, size in panel.items():
             step = len(values) // PANEL * size
             for start in range(0, panels * size, step):
                 count = min(step, panels * size - start)
                 arrays[key][start : start + count] = block.arrays[key][:count]
-        for r in range(panels * PANEL, rows, len(values)):  # the last, partial panel
-            fmt.encode_rows(values[: rows - r], arrays, r, cols)
+            if end is not None:
+                arrays[key][panels * size : (panels + 1) * size] = end.arrays[key][:size]
         return Packed(fmt, (rows, cols), arrays)
+
+
+class _Repeated:
+    """A few rows over and over, as a matrix of ``rows`` rows that is never in memory as a whole."""
+
+    def __init__(self, values: F32, rows: int) -> None:
+        self.values, self.shape = values, (rows, int(values.shape[1]))
+
+    def read(self, r0: int, r1: int) -> F32:
+        return self.values[np.arange(r0, r1) % len(self.values)]
 
 
 def _check_memory(name: str, text: str, formats: Mapping[str, SiteFormat], sites: tuple[Site, ...]) -> None:
