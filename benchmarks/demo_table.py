@@ -1,6 +1,6 @@
 """What `gossamer demo` measures, as a table and a picture for the documents.
 
-    python benchmarks/demo_table.py [--tokens 16384] [--write]
+    python benchmarks/demo_table.py [--tokens 16384] [--quick] [--write]
 
 Runs the demo with ``--json`` in a process of its own. ``--write`` puts the table into README.md and
 docs/measurements.md and draws docs/demo.svg.
@@ -78,8 +78,11 @@ def draw(data: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--quick", action="store_true", help="512 tokens of text: does it run at all?")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
+    if args.quick:
+        args.tokens = 512
     command = [sys.executable, "-m", "gossamer", "demo", "--json", "--tokens", str(args.tokens)]
     data = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     text = table(data)

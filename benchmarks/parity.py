@@ -1,6 +1,6 @@
 """Logit parity with transformers, architecture by architecture: the comparisons of tests/models/test_parity.py.
 
-    python benchmarks/parity.py [--write]
+    python benchmarks/parity.py [--quick] [--write]
 
 Prints the table; ``--write`` also puts it into docs/parity.md. Takes about a minute and 5 GB of memory, and needs the
 development extras and the packages of both real models.
@@ -27,8 +27,10 @@ from gossamer.checkpoints.names import resolve
 DOCUMENT = Path(__file__).parents[1] / "docs" / "parity.md"
 
 
-def rows() -> list[oracle.Row]:
-    found = [*oracle.smollm2_rows(resolve("smollm2-135m")), *oracle.gemma3_rows(resolve("gemma3-270m"))]
+def rows(quick: bool) -> list[oracle.Row]:
+    found = []
+    if not quick:
+        found += [*oracle.smollm2_rows(resolve("smollm2-135m")), *oracle.gemma3_rows(resolve("gemma3-270m"))]
     for tiny in TINY:
         found += oracle.tiny_rows(tiny)
     return found
@@ -37,8 +39,11 @@ def rows() -> list[oracle.Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into docs/parity.md")
+    parser.add_argument("--quick", action="store_true", help="leave the two real models out")
     options = parser.parse_args()
-    found = rows()
+    if options.quick and options.write:
+        parser.error("--quick leaves rows of the document out: give one of --quick and --write")
+    found = rows(options.quick)
     table = oracle.table(found)
     about = (
         f"transformers {transformers.__version__}, torch {torch.__version__}, {platform.machine()}, "

@@ -200,5 +200,13 @@ def divergence(base: _F32, other: _F32, kl: _F64, same_top: _U8) -> None:
 def read_bandwidth(bytes: int, seconds: float) -> float:
     """GB/s (1e9) at which all threads read a buffer of anonymous memory; the best of several inner loops."""
 
+def dot_peak(kind: str, seconds: float) -> float:
+    """1e9 operations a second (2 per multiply-add) of all threads in registers; ``kind`` int8, bf16 or f32.
+
+    The best of short repetitions. In theory clock x multiply-adds of an instruction x 2 x instructions a cycle, for
+    each thread; at 64 bytes vpdpbusd does 64 multiply-adds, vdpbf16ps 32, FMA 16. Without a bf16 dot product the
+    bf16 peak is the float32 one.
+    """
+
 def probe_release() -> None:
     """Gives the probe's buffer back."""

@@ -40,6 +40,7 @@ __all__ = [
     "divergence",
     "fwht",
     "embed",
+    "dot_peak",
     "gated",
     "isa",
     "isa_supported",
@@ -192,6 +193,7 @@ planes_paths = _kernels.planes_paths
 planes_sums = _kernels.planes_sums
 divergence = _kernels.divergence
 read_bandwidth = _kernels.read_bandwidth
+dot_peak = _kernels.dot_peak
 probe_release = _kernels.probe_release
 if _forced := os.environ.get("GOSSAMER_ISA"):
     try:

@@ -23,7 +23,8 @@ VERBS = {
     "compress": {"--output", "--format", "--keep", "--threads", "--json"},
     "eval": {"--against", "--format", "--against-format", "--text", "--tokens", "--window", "--score", "--kv"}
     | {"--threads", "--json"},
-    "bench": {"--shape", "--format", "--repetitions", "--threads", "--json"},
+    "bench": {"--shape", "--format", "--formats", "--keep", "--batch", "--prompt", "--tokens", "--repetitions"}
+    | {"--peer", "--peer-model", "--peer-python", "--plot", "--threads", "--json"},
     "inspect": {"--tensors", "--json"},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -77,35 +78,52 @@ def test_eval_to_a_person(tiny: Path, small: Path) -> None:
 # ---------------------------------------------------------------- bench
 
 
-def check_speed(found: dict[str, Any]) -> None:
-    assert found.keys() >= SPEED
-    assert min(found["prefill_tps"], found["decode_tps"], found["decode_gbps"], found["bandwidth_gbps"]) > 0
-    assert found["bandwidth_fraction"] is None or 0 < found["bandwidth_fraction"] < 5
-    assert found["peak_rss_mb"] > 10
-    assert isinstance(found["unfused_sites"], dict)
-    assert (found["prefill_tokens"], found["decode_tokens"]) == (512, 128)
+def check_speed(found: dict[str, Any]) -> dict[str, Any]:
+    """The only row of a report."""
+    assert (found["schema"], found["peer"]) == (1, None)
+    (row,) = found["rows"]
+    assert row.keys() >= SPEED
+    assert min(row["prefill_tps"], row["decode_tps"], row["decode_gbps"], row["bandwidth_gbps"]) > 0
+    assert row["bandwidth_fraction"] is None or 0 < row["bandwidth_fraction"] < 5
+    assert row["peak_rss_mb"] > 10
+    assert isinstance(row["unfused_sites"], dict)
+    assert [(c["work"], c["batch"]) for c in row["cells"]] == [("prefill", 1), ("decode", 1)]
+    return row
 
 
 def test_bench_of_a_model(tiny: Path) -> None:
-    found = report("bench", tiny, "--repetitions", "1", "--threads", "1", "--format", "int8/row @ int8/token")
-    check_speed(found)
-    assert found["load_s"] > 0
-    assert (found["threads"], found["formats"]) == (1, {"int8/row @ int8/token": 15})
+    options = ["--repetitions", "1", "--threads", "1", "--keep", "embed=f16 @ f32"]
+    row = check_speed(report("bench", tiny, *options, "--format", "int8/row @ int8/token"))
+    assert row["load_s"] > 0
+    assert (row["threads"], row["formats"]) == (1, {"int8/row @ int8/token": 14, "f16 @ f32": 1})
+    assert (row["format"], row["prefill_tokens"], row["decode_tokens"]) == ("int8/row @ int8/token", 512, 128)
 
 
 def test_bench_of_a_shape(tiny: Path) -> None:
-    found = report("bench", "--shape", "smollm2-135m", "--repetitions", "1")
-    check_speed(found)
-    assert found["load_s"] is None
-    assert found["formats"] == {"int4/g32": 211}
-    assert found["weights"] == 134_479_872
+    row = check_speed(report("bench", "--shape", "smollm2-135m", "--repetitions", "1", "--tokens", "4"))
+    assert row["load_s"] is None
+    assert row["formats"] == {"int4/g32": 211}
+    assert row["weights"] == 134_479_872
 
 
 def test_bench_to_a_person(tiny: Path) -> None:
-    done = gossamer("bench", tiny, "--repetitions", "1")
+    done = gossamer("bench", tiny, "--repetitions", "1", "--prompt", "64", "--tokens", "8")
     assert (done.code, done.err) == (0, "")
-    for line in ("prefill", "decode", "memory bandwidth", "share of the bandwidth", "load", "peak memory"):
+    assert re.search(r"(?m)^prefill of 64 +[\d.]+ +\([\d.]+ to [\d.]+\) +\d+ +\w+ +(\d+ %|not steady)$", done.out)
+    for line in ("decode, batch 1", "memory bandwidth", "int8, bf16, f32 peaks", "load", "peak memory"):
         assert re.search(rf"(?m)^{line} ", done.out), line
+
+
+def test_bench_of_two_formats_into_files(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out, picture = tmp_path / "bench.json", tmp_path / "bench.svg"
+    options = ["--repetitions", "1", "--prompt", "16", "--tokens", "2", "--json", out, "--plot", picture]
+    done = gossamer("bench", tiny, "--formats", "int4/g32, int8/row@int8/token", *options)
+    assert (done.code, done.err) == (0, "")
+    assert "tiny.gguf as int4/g32: int4/g32 (15 sites)" in done.out
+    found = json.loads(out.read_text())
+    assert [row["format"] for row in found["rows"]] == ["int4/g32", "int8/row @ int8/token"]
+    assert "tokens / s" in picture.read_text()
 
 
 # ---------------------------------------------------------------- inspect

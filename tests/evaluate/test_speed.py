@@ -1,4 +1,4 @@
-"""The bench's arithmetic, its two kinds of probe failure, and random models of real shapes."""
+"""The bench's arithmetic, its two kinds of probe failure, its order, and random models of real shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from gossamer import ops
 from gossamer.engine.kv import kv_bytes
 from gossamer.engine.llm import LLM
 from gossamer.errors import FormatError, ResourceError, UsageError
-from gossamer.evaluate import SHAPES, bench, shape_model, shapes, speed
+from gossamer.evaluate import SHAPES, bench, machine, roofline, shape_model, shapes, speed
+from gossamer.evaluate.roofline import Peaks, decode_work, prefill_work
 from gossamer.formats import Dense, parse_weight, project
 from gossamer.models.config import Config, Rope
 from gossamer.models.topology import describe
@@ -38,11 +39,12 @@ TINY = Config(
 
 @pytest.fixture
 def probes(monkeypatch):
-    """Makes the probe say what the test wants, without a gibibyte of memory."""
+    """Makes the probe say what the test wants: the bandwidths around each decode, one pair a repetition."""
 
     def say(*gbps: float) -> None:
-        values = iter(gbps)
-        monkeypatch.setattr(speed, "_probe", lambda: next(values))
+        pairs = zip(gbps[::2], gbps[1::2])
+        values = iter([v for pair in pairs for v in (50, 50, *pair)])  # a prefill's two come first
+        monkeypatch.setattr(speed, "probe", lambda: Peaks(next(values), 1000, 500, 250))
 
     return say
 
@@ -69,7 +71,94 @@ def test_rates_and_bytes(probes):
     assert result.formats == {"int8/g32": 16}
     assert (result.model, result.kv, result.isa) == ("llama", "f16", ops.isa())
     assert seen == [(1, 1)]
-    assert json.loads(json.dumps(result.to_json()))["decode_tps"] == result.decode_tps
+    prompt, decode = result.cells
+    assert (prompt.work, prompt.batch, prompt.tokens, prompt.bound_by) == ("prefill", 1, 40, "bf16")
+    assert (decode.work, decode.batch, decode.tokens, decode.bound_by) == ("decode", 1, 8, "bandwidth")
+    assert (prompt.bandwidth_gbps, decode.bandwidth_gbps) == (50, 10.25)
+    assert decode.bound_tps == pytest.approx(10.25e9 / read)
+    assert decode.share == pytest.approx(result.bandwidth_fraction)
+    assert prompt.share == pytest.approx(prompt.ours.median / prompt.bound_tps)
+    assert prompt.peer is prompt.ratio is None
+    assert json.loads(json.dumps(result.to_json()))["cells"][1]["ours"]["median"] == result.decode_tps
+
+
+def test_the_least_work_of_a_step():
+    model = shape_model(TINY, "int8/row @ int8/token", keep=[("down", "f16 @ f32"), ("head", "bf16")])
+    body = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 2 * 64 * 96)
+    down, head = 2 * 96 * 64, 1003 * 64
+    work = prefill_work(model, 40, "f16")
+    assert work.macs == {"int8": 40 * body, "f32": 40 * down, "bf16": head}
+    assert work.bytes == model.weight_bytes
+    assert prefill_work(model, 513, "f16").bytes == 2 * model.weight_bytes
+    one, three = (decode_work(model, batch, 20, "f16") for batch in (1, 3))
+    assert (
+        three.macs
+        == {kind: 3 * n for kind, n in one.macs.items()}
+        == {
+            "int8": 3 * body,
+            "f32": 3 * down,
+            "bf16": 3 * head,
+        }
+    )
+    table = model.packed["model.embed_tokens"]
+    row, context = table.nbytes // 1003, kv_bytes(TINY, 32) // 32 // 2 * (20 + 8)
+    assert one.bytes == model.weight_bytes - table.nbytes + row + context
+    assert three.bytes - one.bytes == 2 * (row + context)
+
+
+def test_the_roofline():
+    work = roofline.Work(4_000_000_000, {"int8": 10**12, "f32": 10**11})
+    # 0.1 s of reading beside 1 s + 0.4 s of multiplying; then the other way round.
+    assert work.bound(Peaks(40, 2000, 1000, 500)) == (pytest.approx(1.4), "int8")
+    assert work.bound(Peaks(1, 2000, 1000, 500)) == (pytest.approx(4.0), "bandwidth")
+    assert work.bound(Peaks(40, 2000, 1000, 100)) == (pytest.approx(3.0), "f32")
+    assert roofline.Work(8, {}).bound(Peaks(2, 1, 1, 1)) == (4e-9, "bandwidth")
+    a, b = Peaks(10, 20, 30, 40), Peaks(11.2, 20, 32, 40)
+    assert a.between(b) == Peaks(10.6, 20, 31, 40)
+    assert [a.agree(b, name) for name in ("bandwidth", "int8", "bf16", "f32")] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("bf16", "bf16"), ("f32", "f32"), ("int8/token", "int8"), ("uint4/g32", "int8"), ("e4m3/token", "bf16")],
+)
+def test_which_instruction_an_input_multiplies_with(text, kind):
+    assert roofline.arithmetic(text) == kind
+
+
+class Fake:
+    """A side that writes down what it is asked and says how long it took."""
+
+    def __init__(self, name, log, seconds):
+        self.name, self.log, self.seconds = name, log, iter(seconds)
+
+    def prefill(self, tokens):
+        self.log.append((self.name, "prefill", tokens))
+        return next(self.seconds)
+
+    def decode(self, batch, steps):
+        self.log.append((self.name, "decode", batch, steps))
+        return next(self.seconds)
+
+
+def test_both_sides_take_turns(monkeypatch):
+    log = []
+    warm, times = [9, 9, 9], [1, 2, 4, 1, 2, 5]
+    monkeypatch.setattr(speed, "Ours", lambda *a: Fake("ours", log, [*warm, *times]))
+    peer = Fake("peer", log, [*warm, 2, 4, 4, 3, 6, 10])
+    monkeypatch.setattr(speed, "probe", lambda: log.append("probe") or Peaks(10, 1000, 500, 250))
+    result = bench(shape_model(TINY, "int4/g32"), prefill=30, decode=10, batches=(1, 4), repetitions=2, peer=peer)
+    jobs = [("prefill", 30), ("decode", 1, 10), ("decode", 4, 10)]
+    warming = [("prefill", 30), ("decode", 1, 4), ("decode", 4, 4)]
+    turns = [step for job in jobs for step in ("probe", ("ours", *job), "probe", ("peer", *job))]
+    assert log == [(side, *job) for side in ("ours", "peer") for job in warming] + turns * 2
+    prompt, one, four = result.cells
+    assert (prompt.ours.median, prompt.peer.low, prompt.peer.high) == (30, 10, 15)
+    assert (prompt.ratio.median, prompt.ratio.low, prompt.ratio.high) == (2.5, 2, 3)
+    assert (one.tokens, one.ours.median, one.ratio.median) == (10, 5, 2.5)
+    assert (four.tokens, four.batch, four.ours.high, four.ours.low) == (40, 4, 10, 8)
+    assert (four.ratio.low, four.ratio.high) == (1, 2)
+    assert "both sides in turn" in result.protocol
 
 
 def test_a_tied_table_counts_once(probes):
@@ -84,10 +173,12 @@ def test_unsteady_repetitions_are_dropped(probes):
     result = bench(model, prefill=8, decode=4, repetitions=3)
     assert result.dropped == 1
     assert result.bandwidth_gbps == pytest.approx((20 + 9.5) / 2)
-    assert any("1 of 3 repetitions" in note for note in result.notes)
+    assert any("1 of 3 repetitions do not count towards the share of decode at batch 1" in n for n in result.notes)
+    assert (result.cells[0].dropped, result.cells[1].dropped) == (0, 1)
     probes(10, 12, 9, 10.5)
     result = bench(model, prefill=8, decode=4, repetitions=2)
     assert (result.dropped, result.bandwidth_fraction) == (2, None)
+    assert result.cells[1].share is None
     assert any("quieter machine" in note for note in result.notes)
 
 
@@ -113,19 +204,29 @@ def test_a_real_model_with_the_real_probe(smollm2_gguf):
 def test_small_weights_are_said_to_be_in_the_cache(probes, monkeypatch):
     model = shape_model(TINY, "int4/g32")
     for cache, said in ((1 << 25, True), (1024, False), (None, False)):
-        monkeypatch.setattr(speed, "_last_cache_bytes", lambda cache=cache: cache)
+        monkeypatch.setattr(speed, "last_cache_bytes", lambda cache=cache: cache)
         probes(10, 10)
-        notes = bench(model, prefill=4, decode=2, repetitions=1).notes
-        assert any("last cache" in note for note in notes) == said
+        result = bench(model, prefill=4, decode=2, repetitions=1)
+        assert any("last cache" in note for note in result.notes) == said
+        assert result.cold == (None if cache is None else not said)
 
 
 def test_cache_size_is_read_from_the_system(tmp_path, monkeypatch):
-    monkeypatch.setattr(speed, "_CACHES", tmp_path)
-    assert speed._last_cache_bytes() is None
+    monkeypatch.setattr(machine, "_CACHES", tmp_path)
+    assert machine.last_cache_bytes() is None
     for index, size in enumerate(["48K", "2M", "strange"]):
         (tmp_path / f"index{index}").mkdir()
         (tmp_path / f"index{index}" / "size").write_text(size + "\n")
-    assert speed._last_cache_bytes() == 2 << 20
+    assert machine.last_cache_bytes() == 2 << 20
+
+
+def test_peak_memory_is_what_the_system_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(machine, "_CLEAR", tmp_path / "no" / "clear_refs")
+    assert machine.peak_rss_mb() is None
+    machine.forget_peak_rss()  # a system that does not allow it
+    (tmp_path / "status").write_text("VmPeak:\t 9 kB\nVmHWM:\t  5000 kB\n")
+    assert machine.peak_rss_mb() == 5.12
 
 
 def test_options_that_cannot_work(probes, monkeypatch):
@@ -134,12 +235,15 @@ def test_options_that_cannot_work(probes, monkeypatch):
         bench(model, prefill=257)
     with pytest.raises(UsageError, match="at least 1"):
         bench(model, decode=0)
+    for batches in ((), (1, 0)):
+        with pytest.raises(UsageError, match="batches of"):
+            bench(model, batches=batches)
     with pytest.raises(UsageError, match="--threads 0"):
         bench(model, threads=0, prefill=4, decode=2)
 
 
 def test_a_probe_without_memory(monkeypatch):
-    monkeypatch.setattr(speed, "PROBE_BYTES", 1 << 60)
+    monkeypatch.setattr(roofline, "PROBE_BYTES", 1 << 60)
     with pytest.raises(ResourceError, match="memory bandwidth cannot be measured"):
         bench(shape_model(TINY, "f32 @ f32"), prefill=4, decode=2, repetitions=1)
 
@@ -212,6 +316,8 @@ def test_matrices_have_memory_of_their_own():
 def test_shape_errors(monkeypatch):
     with pytest.raises(UsageError, match=r"'llama' is not known; choose smollm2-135m, llama-3\.2-1b"):
         shape_model("llama")
+    with pytest.raises(UsageError, match="'nothing' matches no site"):
+        shape_model(TINY, "int4/g32", keep=[("nothing", "bf16")])
     with pytest.raises(FormatError, match="int5"):
         shape_model("smollm2-135m", "int5/q32")
     monkeypatch.setattr(shapes, "available_memory", lambda: 10**9)

@@ -215,6 +215,17 @@ def test_empty_arrays():
     kernels.add(np.zeros((0, 8), np.float32), np.zeros((0, 8), np.float32))
 
 
+def test_arithmetic_probe():
+    kernels.set_threads(2)
+    for kind in ("int8", "bf16", "f32"):
+        assert 0.1 < kernels.dot_peak(kind, 0.0) < 1e6
+    with pytest.raises(ValueError, match="int8, bf16 and f32, not 'int3'"):
+        kernels.dot_peak("int3", 0.0)
+    for seconds in (-1, math.nan, 601):
+        with pytest.raises(ValueError, match="seconds"):
+            kernels.dot_peak("f32", seconds)
+
+
 def test_bandwidth_probe():
     kernels.set_threads(2)
     assert 0.1 < kernels.read_bandwidth(1 << 22, 0.0) < 10_000

@@ -63,6 +63,16 @@ def _parser() -> argparse.ArgumentParser:
             "--threads", type=_at_least(1), metavar="N", help="threads (default: what affinity and quota allow)"
         )
 
+    def keep(p: argparse.ArgumentParser) -> None:
+        p.add_argument(
+            "--keep",
+            action="append",
+            default=[],
+            metavar="PATTERN=EXPR",
+            help="another format for sites whose name or role matches, e.g. 'embed=int8/g32' or '*down_proj=bf16'; "
+            "may be given several times, and the first that matches counts",
+        )
+
     def as_json(p: argparse.ArgumentParser) -> None:
         p.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
@@ -142,14 +152,7 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", required=True, metavar="DIR", help="the folder to write; it must not exist, or be empty"
     )
     p.add_argument("--format", required=True, metavar="EXPR", help=FORMAT_HELP)
-    p.add_argument(
-        "--keep",
-        action="append",
-        default=[],
-        metavar="PATTERN=EXPR",
-        help="another format for sites whose name or role matches, e.g. 'embed=int8/g32' or '*down_proj=bf16'; "
-        "may be given several times, and the first that matches counts",
-    )
+    keep(p)
     threads(p)
     as_json(p)
 
@@ -193,15 +196,47 @@ def _parser() -> argparse.ArgumentParser:
         help=f"random weights of a known shape instead of a model: {SHAPES}",
     )
     p.add_argument(
+        "--formats",
         "--format",
-        metavar="EXPR",
-        help=f"run in this format: {FORMAT_HELP} (default: the file's own; int4/g32 for --shape)",
+        metavar="EXPR,...",
+        help=f"run in each of these formats: {FORMAT_HELP} (default: the file's own; int4/g32 for --shape)",
+    )
+    keep(p)
+    p.add_argument(
+        "--batch",
+        default="1",
+        metavar="N,...",
+        help="decode this many sequences at once, e.g. 1,4,8,16 (default: %(default)s)",
+    )
+    p.add_argument(
+        "--prompt", type=_at_least(1), default=512, metavar="N", help="tokens of prefill (default: %(default)s)"
+    )
+    p.add_argument(
+        "--tokens", type=_at_least(1), default=128, metavar="N", help="steps of decode (default: %(default)s)"
     )
     p.add_argument(
         "--repetitions", type=_at_least(1), default=5, metavar="N", help="repetitions (default: %(default)s)"
     )
+    p.add_argument(
+        "--peer", metavar="NAME", help="time this engine in turn with ours, in a process of its own: llama.cpp"
+    )
+    p.add_argument(
+        "--peer-model",
+        metavar="FILE",
+        help="the GGUF file that the peer runs (default: MODEL when it is one, random Q4_0 weights for --shape)",
+    )
+    p.add_argument(
+        "--peer-python", metavar="PATH", help="the Python that has the peer's module (default: this program's)"
+    )
+    p.add_argument("--plot", metavar="FILE", help="draw the result into an .svg, .png or .pdf file (needs matplotlib)")
     threads(p)
-    as_json(p)
+    p.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write one JSON object to FILE, or print it instead of text when there is no FILE",
+    )
 
     p = verb("inspect", "Show what a model holds: tensors, formats, sizes, template, provenance.")
     model(p)

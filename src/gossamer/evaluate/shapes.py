@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from gossamer.engine.llm import chooser
 from gossamer.errors import ResourceError, UsageError
-from gossamer.formats import ArraySource, Format, Packed, allocate, encode, parse
+from gossamer.formats import ArraySource, Format, Packed, SiteFormat, allocate, encode, parse
 from gossamer.formats.dispatch import make_runner
 from gossamer.formats.node import PANEL
 from gossamer.limits import available_memory
@@ -17,7 +19,7 @@ from gossamer.models.load import Loaded, Progress
 from gossamer.models.topology import Site, describe
 from gossamer.models.transformer import Transformer
 
-__all__ = ["SHAPES", "shape_model"]
+__all__ = ["SHAPES", "random_matrix", "shape_config", "shape_model"]
 
 F32 = npt.NDArray[np.float32]
 
@@ -79,29 +81,53 @@ SHAPES: dict[str, Config] = {
 }
 
 
-def shape_model(name: str | Config, format: str = "int4/g32", progress: Progress | None = None) -> Loaded:
+def shape_config(name: str) -> Config:
+    """The shape of that name. Raises UsageError for one that is not known."""
+    if name not in SHAPES:
+        raise UsageError(f"the shape '{name}' is not known; choose {', '.join(SHAPES)}.")
+    return SHAPES[name]
+
+
+def shape_model(
+    name: str | Config,
+    format: str = "int4/g32",
+    progress: Progress | None = None,
+    keep: Sequence[tuple[str, str]] = (),
+) -> Loaded:
     """A model of the shape ``name`` (one of SHAPES, or any Config) with random weights stored as ``format``.
 
-    Every matrix has its own memory and is filled with the encoding of a quarter of a million random weights, repeated:
-    speed does not depend on the values. Raises UsageError for an unknown name, FormatError for an expression
-    that does not parse, and ResourceError before taking memory that the machine does not have.
+    ``keep`` holds (pattern, expression) pairs that override it for matching site names or roles. Every matrix has its
+    own memory and is filled with the encoding of a quarter of a million random weights, repeated: speed does not
+    depend on the values, and no float matrix of the whole size is ever built.
+
+    Raises UsageError for an unknown name or a pattern that matches no site, FormatError for an expression that does
+    not parse, and ResourceError before taking memory that the machine does not have.
     """
-    config = name if isinstance(name, Config) else SHAPES.get(name)
-    if config is None:
-        raise UsageError(f"the shape '{name}' is not known; choose {', '.join(SHAPES)}.")
-    fmt, topology = parse(format), describe(config)
-    _check_memory(str(name) if isinstance(name, str) else "this shape", fmt.weight, topology.sites)
-    matrices, random = _RandomMatrices(fmt.weight), np.random.default_rng(0)
+    config = name if isinstance(name, Config) else shape_config(name)
+    topology = describe(config)
+    choose = chooser(parse(format), [(pattern, parse(text)) for pattern, text in keep], topology)
+    formats = {site.name: choose(site) or parse(format) for site in topology.sites}
+    _check_memory(str(name) if isinstance(name, str) else "this shape", format, formats, topology.sites)
+    makers: dict[str, _RandomMatrices] = {}
+    random = np.random.default_rng(0)
     packed, runners = {}, {}
     for done, site in enumerate(topology.sites):
-        packed[site.name] = matrices.make(site.rows, site.cols)
+        fmt = formats[site.name]
+        maker = makers.setdefault(str(fmt.weight), _RandomMatrices(fmt.weight))
+        packed[site.name] = maker.make(site.rows, site.cols)
         bias = random.standard_normal(site.rows, np.float32) if site.bias else None
         runners[site.name] = make_runner(packed[site.name], fmt, bias)
         if progress:
             progress(done + 1, len(topology.sites))
     vectors = {v.name: np.ones(v.size, np.float32) for v in topology.vectors}
     unfused = {site: r.refused for site, r in runners.items() if r.refused is not None}
-    return Loaded(Transformer(config, runners, vectors), topology, dict.fromkeys(packed, fmt), packed, unfused)
+    return Loaded(Transformer(config, runners, vectors), topology, formats, packed, unfused)
+
+
+def random_matrix(fmt: Format, rows: int, cols: int) -> Packed:
+    """A matrix of random weights stored as ``fmt``: the encoding of a few, repeated. Raises FormatError."""
+    fmt.check(rows, cols)
+    return _RandomMatrices(fmt).make(rows, cols)
 
 
 class _RandomMatrices:
@@ -122,30 +148,42 @@ class _RandomMatrices:
     def make(self, rows: int, cols: int) -> Packed:
         """A matrix with memory of its own."""
         fmt, (values, block) = self.format, self._block(cols)
-        arrays = allocate(fmt, rows, cols)
         panel = {key: field.used for key, field in fmt.fields(PANEL, cols).items()}
         used = {key: field.used for key, field in fmt.fields(rows, cols).items()}
-        panels = rows // PANEL
         if used != {key: size * -(-rows // PANEL) for key, size in panel.items()}:
-            panels = 0  # not laid out panel by panel, so the matrix is encoded
+            return encode(fmt, _Repeated(values, rows))  # not laid out panel by panel
+        arrays = allocate(fmt, rows, cols)
+        panels, left = divmod(rows, PANEL)
+        end = encode(fmt, ArraySource(values[:left])) if left else None
         for key, size in panel.items():
             step = len(values) // PANEL * size
             for start in range(0, panels * size, step):
                 count = min(step, panels * size - start)
                 arrays[key][start : start + count] = block.arrays[key][:count]
-        for r in range(panels * PANEL, rows, len(values)):  # the last, partial panel
-            fmt.encode_rows(values[: rows - r], arrays, r, cols)
+            if end is not None:
+                arrays[key][panels * size : (panels + 1) * size] = end.arrays[key][:size]
         return Packed(fmt, (rows, cols), arrays)
 
 
-def _check_memory(name: str, fmt: Format, sites: tuple[Site, ...]) -> None:
+class _Repeated:
+    """A few rows over and over, as a matrix of ``rows`` rows that is never in memory as a whole."""
+
+    def __init__(self, values: F32, rows: int) -> None:
+        self.values, self.shape = values, (rows, int(values.shape[1]))
+
+    def read(self, r0: int, r1: int) -> F32:
+        return self.values[np.arange(r0, r1) % len(self.values)]
+
+
+def _check_memory(name: str, text: str, formats: Mapping[str, SiteFormat], sites: tuple[Site, ...]) -> None:
+    need = 0
     for site in sites:
-        fmt.check(site.rows, site.cols)
-    need = sum(f.nbytes for s in sites for f in fmt.fields(s.rows, s.cols).values())
+        weight = formats[site.name].weight
+        weight.check(site.rows, site.cols)
+        need += sum(f.nbytes for f in weight.fields(site.rows, site.cols).values())
     free = available_memory()
     if free is not None and need > free:
         raise ResourceError(
-            f"{name} stored as {fmt} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; "
+            f"{name} stored as {text} needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; "
             "choose a smaller shape or format."
         )
-

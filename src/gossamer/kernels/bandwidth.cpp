@@ -75,6 +75,45 @@ double read_bandwidth(int64_t bytes, double seconds) {
   return best / 1e9;
 }
 
+double dot_peak(const std::string& kind, double seconds) {
+  using Clock = std::chrono::steady_clock;
+  Dot which;
+  if (kind == "int8") which = Dot::int8;
+  else if (kind == "bf16") which = Dot::bf16;
+  else if (kind == "f32") which = Dot::f32;
+  else throw std::invalid_argument("the arithmetic probe knows int8, bf16 and f32, not '" + kind + "'");
+  if (!(seconds >= 0.0 && seconds <= 600.0))
+    throw std::invalid_argument("the arithmetic probe takes from 0 to 600 seconds");
+  std::lock_guard lock(g_mutex);
+  int64_t operations[256];  // of each thread; a team has no more
+  int members = 1;
+  const auto timed = [&](int64_t steps) {
+    const auto work = [&](int t, int threads) {
+      volatile float sink = 1.0f;  // what the compiler cannot know
+      float keep = sink;
+      operations[t] = dot_steps(which, steps, &keep);
+      sink = keep;
+      if (t == 0) members = threads;
+    };
+    const auto began = Clock::now();
+    team_run(std::ref(work));
+    return std::chrono::duration<double>(Clock::now() - began).count();
+  };
+  constexpr int64_t kFirst = 1 << 14;
+  timed(kFirst);  // wakes the team and raises the clock
+  const int64_t steps = std::max<int64_t>(1, static_cast<int64_t>(kFirst * 0.004 / std::max(timed(kFirst), 1e-7)));
+  timed(steps);
+  double best = 0.0;
+  const auto start = Clock::now();
+  do {
+    const double took = timed(steps);
+    double all = 0.0;
+    for (int t = 0; t < members; ++t) all += static_cast<double>(operations[t]);
+    best = std::max(best, all / took);
+  } while (std::chrono::duration<double>(Clock::now() - start).count() < seconds);
+  return best / 1e9;
+}
+
 void probe_release() {
   std::lock_guard lock(g_mutex);
   release();

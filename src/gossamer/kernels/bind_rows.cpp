@@ -1,3 +1,5 @@
+#include <nanobind/stl/string.h>
+
 #include <cmath>
 
 #include "bind.h"
@@ -181,5 +183,6 @@ void bind_rows(nb::module_& m) {
   m.def("nll", &nll, "logits"_a, "targets"_a, "out"_a);
   m.def("divergence", &divergence, "base"_a, "other"_a, "kl"_a, "same_top"_a);
   m.def("read_bandwidth", &gsm::read_bandwidth, "bytes"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("dot_peak", &gsm::dot_peak, "kind"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("probe_release", &gsm::probe_release, nb::call_guard<nb::gil_scoped_release>());
 }

@@ -2,13 +2,13 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
-#include <stdexcept>
 
 #include "expand.h"
+#include "fwht.h"
 #include "team.h"
 
 namespace gsm {
@@ -16,23 +16,17 @@ namespace {
 
 int largest_tile() { GSM_DISPATCH(max_tile()) }
 int panel_step(Path path, int64_t tokens) { GSM_DISPATCH(panels_at_once(path, tokens)) }
-void prepare(const float* x, int64_t cols, int64_t width, const InputFormat& in, const Form& form, int64_t tokens,
-             int64_t token, float* q) {
-  GSM_DISPATCH(prepare_token(x, cols, width, in, form, tokens, token, q))
+void prepare(const float* x, const Form& form, int64_t tokens, int64_t token, float* q) {
+  GSM_DISPATCH(prepare_token(x, form, tokens, token, q))
 }
 void normalize(const float* x, const float* gain, float eps, int64_t cols, float* out) {
   GSM_DISPATCH(normalize_token(x, gain, eps, cols, out))
 }
-int64_t scratch_bytes(int64_t tokens, const Weight& w, const Form& form, const Sums& sums) {
-  GSM_DISPATCH(panel_scratch(tokens, w, form, sums))
-}
+int64_t scratch_bytes(int64_t tokens, const PanelPart& part) { GSM_DISPATCH(panel_scratch(tokens, part)) }
 void totals(const PanelPart& part, int64_t panel, int P, int64_t tokens, float* result, bool add, uint8_t* scratch) {
   GSM_DISPATCH(panel_totals(part, panel, P, tokens, result, add, scratch))
 }
-void finish(const float* result, const float* second, const float* bias, const float* second_bias, Epilogue epilogue,
-            int64_t tokens, int64_t lanes, int64_t row, int64_t n, float* y, int64_t ld) {
-  GSM_DISPATCH(emit(result, second, bias, second_bias, epilogue, tokens, lanes, row, n, y, ld))
-}
+void finish(const Emission& e) { GSM_DISPATCH(emit(e)) }
 
 constexpr int64_t kFloatSegment = 256;     // columns a float chain may grow to
 constexpr int64_t kIntegerSegment = 65536;  // 255 * 127 * 65536 < 2^31
@@ -42,8 +36,10 @@ bool bf16_dot() { return current_level() == Level::avx512bf16; }
 // Memory for prepared inputs, shared by all calls: they run one after another (team.h). It grows by half at least; the
 // smaller blocks stay, since the other calls of the same run may have been given them.
 uint8_t* arena(int64_t bytes) {
+  static std::mutex mutex;
   static std::vector<std::unique_ptr<uint8_t, decltype(&std::free)>> blocks;
   static int64_t size = 0;
+  std::lock_guard lock(mutex);
   if (size < bytes) {
     const int64_t grown = (std::max(bytes, size + size / 2) + 4095) / 4096 * 4096;
     auto* memory = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(grown)));
@@ -53,8 +49,6 @@ uint8_t* arena(int64_t bytes) {
   }
   return blocks.empty() ? nullptr : blocks.back().get();
 }
-
-int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
 
@@ -97,165 +91,225 @@ int64_t segment_length(const Weight& w, const InputFormat& in, Path path) {
     if (in.group) n = std::min(n, in.group);
     return std::min(n, kIntegerSegment);
   }
-  return n > kFloatSegment && n % kFloatSegment == 0 ? kFloatSegment : n > kFloatSegment && (!w.group || n == w.width()) ? kFloatSegment : n;
+  // A group that the float segment does not divide stays whole, but for the only one of a row.
+  return n > kFloatSegment && (n % kFloatSegment == 0 || n == w.width()) ? kFloatSegment : n;
 }
 
-Linear::Linear(LinearSpec spec) : spec_(std::move(spec)) {
-  cols_ = spec_.sites.at(0).parts.at(0)->cols;
-  width_ = spec_.sites[0].parts[0]->width();
-  for (const LinearSite& site : spec_.sites) {
-    std::vector<Use> uses;
-    for (const Weight* w : site.parts) {
-      const Path path = linear_path(*w, site.input);
-      size_t f = 0;
-      while (f < forms_.size() && !(formats_[f] == site.input && forms_[f].path == path)) ++f;
-      if (f == forms_.size()) {
-        formats_.push_back(site.input);
-        forms_.emplace_back();
-        forms_[f].path = path;
-        forms_[f].stride = width_ * (path == Path::bytes ? 1 : path == Path::pairs ? 2 : 4);
-      }
-      Form& form = forms_[f];
-      const int64_t length = segment_length(*w, site.input, path);
-      size_t s = 0;
-      while (s < form.sums.size() && form.sums[s].length != length) ++s;
-      if (s == form.sums.size()) {
-        form.sums.emplace_back();
-        form.sums[s].length = length;
-        form.sums[s].segments = (cols_ + length - 1) / length;
-      }
-      uses.push_back({static_cast<int>(f), static_cast<int>(s)});
-    }
-    uses_.push_back(std::move(uses));
-    panels_ += site.parts[0]->panels();
-  }
-  if (spec_.epilogue > Epilogue::add) panels_ = spec_.sites[0].parts[0]->panels();
+namespace {
+
+int64_t after(const Source& s) {
+  int64_t cols = s.cols;
+  for (const Transform& t : s.steps)
+    if (t.kind == Transform::gather) cols = t.n;
+  return cols;
 }
 
-void Linear::reserve(int64_t tokens) {
-  int64_t bytes = 0;
-  const auto place = [&](auto*& pointer, int64_t count, bool wanted) {
-    using T = std::remove_reference_t<decltype(*pointer)>;
-    pointer = nullptr;
-    if (!wanted) return;
-    pointer = reinterpret_cast<T*>(static_cast<uintptr_t>(bytes) + 1);  // an offset, made an address below
-    bytes += aligned(count * static_cast<int64_t>(sizeof(T)));
+// Equal transforms may lie in arrays of their own: q, k and v each bring their copy.
+bool same(const Transform& a, const Transform& b, int64_t cols) {
+  const auto equal = [](const void* p, const void* q, int64_t bytes) {
+    return p == q || (p && q && std::memcmp(p, q, static_cast<size_t>(bytes)) == 0);
   };
-  for (size_t f = 0; f < forms_.size(); ++f) {
+  return a.kind == b.kind && a.n == b.n && a.order == b.order && equal(a.index, b.index, 4 * a.n) &&
+         equal(a.factors, b.factors, 4 * cols);
+}
+bool same(const Source& a, const Source& b) {
+  if (a.x != b.x || a.cols != b.cols || a.steps.size() != b.steps.size()) return false;
+  int64_t cols = a.cols;
+  for (size_t i = 0; i < a.steps.size(); ++i) {
+    if (a.steps[i].kind == Transform::gather) cols = a.steps[i].n;
+    if (!same(a.steps[i], b.steps[i], cols)) return false;
+  }
+  return true;
+}
+
+class LinearOp final : public Op {
+ public:
+  explicit LinearOp(LinearSpec spec) : spec_(std::move(spec)) {
+    for (const LinearSite& site : spec_.sites) {
+      std::vector<Use> uses;
+      for (const LinearPart& part : site.parts) uses.push_back(use_of(part));
+      uses_.push_back(std::move(uses));
+      panels_ += panels_of(site);
+    }
+    if (gated()) panels_ = panels_of(spec_.sites[0]);
+    for (const Source& s : sources_) widest_ = std::max({widest_, s.cols, after(s)});
+    widest_ = std::max(widest_, spec_.cols) + kPanel;
+  }
+
+  int phases(int64_t) const override { return 2; }
+  bool alone(int64_t tokens, int phase) const override {
+    return tokens * panels_ * kPanel * spec_.cols < kTeamWork || (phase == 0 && tokens < 4);
+  }
+  void check(int64_t tokens) const override { reserve(tokens); }
+  void run(int64_t tokens, int phase, int thread, int threads) override {
+    if (phase == 0) prepare_tokens(share(tokens, thread, threads), tokens);
+    else multiply(share(panels_, thread, threads), tokens);
+  }
+
+ private:
+  struct Use {
+    size_t form, sums;
+  };
+
+  bool gated() const { return spec_.epilogue > Epilogue::add; }
+  static int64_t panels_of(const LinearSite& site) { return (site.parts[0].rows() + kPanel - 1) / kPanel; }
+
+  Use use_of(const LinearPart& part) {
+    size_t source = 0;
+    while (source < sources_.size() && !same(sources_[source], part.source)) ++source;
+    if (source == sources_.size()) sources_.push_back(part.source);
+    const Path path = part.weight ? linear_path(*part.weight, part.input) : Path::floats;
+    size_t f = 0;
+    while (f < forms_.size() && !(source_of_[f] == source && forms_[f].input == part.input && forms_[f].path == path)) ++f;
+    if (f == forms_.size()) {
+      forms_.emplace_back();
+      source_of_.push_back(source);
+      forms_[f].path = path;
+      forms_[f].input = part.input;
+      forms_[f].cols = after(part.source);
+      forms_[f].width = (forms_[f].cols + kBlock - 1) / kBlock * kBlock;
+    }
     Form& form = forms_[f];
-    const InputFormat& in = formats_[f];
-    const bool integers = form.path == Path::bytes;
-    place(form.data, tokens * form.stride, true);
-    place(form.token_scale, tokens, integers && !in.group);
-    for (size_t s = 0; s < form.sums.size(); ++s) {
-      Sums& sums = form.sums[s];
-      bool offset = false, subtracted = false;
-      for (size_t i = 0; i < spec_.sites.size(); ++i)
-        for (size_t p = 0; p < uses_[i].size(); ++p)
-          if (uses_[i][p].form == static_cast<int>(f) && uses_[i][p].sums == static_cast<int>(s)) {
-            const Weight& w = *spec_.sites[i].parts[p];
-            offset = offset || need_offset(w, integers ? Values::bytes : Values::floats);
-            subtracted = subtracted || (integers && (byte_zero(w, 0) || byte_zero(w, 1)));
-          }
-      place(sums.bytes, tokens * sums.segments, integers && (subtracted || offset));
-      place(sums.floats, tokens * sums.segments, offset);
-      place(sums.scales, tokens * sums.segments, integers && in.group != 0);
+    if (!part.weight) return {f, 0};
+    const int64_t length = segment_length(*part.weight, part.input, path);
+    size_t s = 0;
+    while (s < form.sums.size() && form.sums[s].length != length) ++s;
+    if (s == form.sums.size()) {
+      form.sums.emplace_back();
+      form.sums[s].length = length;
+      form.sums[s].segments = (form.cols + length - 1) / length;
+    }
+    // Which sums are needed is marked by a pointer that is not null; reserve() gives each its place.
+    Sums& sums = form.sums[s];
+    const bool integers = path == Path::bytes;
+    const bool offset = need_offset(*part.weight, integers ? Values::bytes : Values::floats);
+    static int32_t some_int;
+    static float some_float;
+    if (integers && (offset || byte_zero(*part.weight, 0) || byte_zero(*part.weight, 1))) sums.bytes = &some_int;
+    if (offset) sums.floats = &some_float;
+    if (integers && part.input.group) sums.scales = &some_float;
+    return {f, s};
+  }
+
+  void reserve(int64_t tokens) const {
+    for (int pass = 0; pass < 2; ++pass) {
+      uint8_t* base = pass ? arena(bytes_) : nullptr;
+      int64_t at = 0;
+      const auto place = [&](auto*& pointer, int64_t count, bool wanted) {
+        using T = std::remove_reference_t<decltype(*pointer)>;
+        if (!wanted) return;
+        if (pass) pointer = reinterpret_cast<T*>(base + at);
+        at += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+      };
+      for (Form& form : forms_) {
+        const bool integers = form.path == Path::bytes, apart = integers && form.input.outlier > 0;
+        place(form.data, tokens * form.stride(), true);
+        place(form.token_scale, tokens, integers && !form.input.group);
+        place(form.outliers, tokens, apart);
+        place(form.outlier, tokens * form.cols, apart);
+        for (Sums& s : form.sums) {
+          place(s.bytes, tokens * s.segments, s.bytes != nullptr);
+          place(s.floats, tokens * s.segments, s.floats != nullptr);
+          place(s.scales, tokens * s.segments, s.scales != nullptr);
+        }
+      }
+      bytes_ = at;
     }
   }
-  uint8_t* base = arena(bytes);
-  const auto settle = [base](auto*& pointer) {
-    using T = std::remove_reference_t<decltype(*pointer)>;
-    if (pointer) pointer = reinterpret_cast<T*>(base + (reinterpret_cast<uintptr_t>(pointer) - 1));
-  };
-  for (Form& form : forms_) {
-    settle(form.data);
-    settle(form.token_scale);
-    for (Sums& s : form.sums) {
-      settle(s.bytes);
-      settle(s.floats);
-      settle(s.scales);
-    }
-  }
-}
 
-bool Linear::small(int64_t tokens) const { return tokens * panels_ * kPanel * cols_ < kTeamWork; }
-
-void Linear::run(int64_t tokens, int phase, int thread, int threads) const {
-  if (phase == 0) {
-    const Range mine = share(tokens, thread, threads);
+  void prepare_tokens(Range mine, int64_t tokens) const {
     if (mine.begin == mine.end) return;
-    float* q = static_cast<float*>(thread_scratch(0, static_cast<size_t>(2 * width_) * sizeof(float)));
+    auto* const memory = static_cast<float*>(thread_scratch(0, static_cast<size_t>(4 * widest_) * sizeof(float)));
+    float *const normal = memory, *const q = memory + 3 * widest_;
     for (int64_t m = mine.begin; m < mine.end; ++m) {
-      const float* x = spec_.x + m * cols_;
+      const float* x = spec_.x + m * spec_.cols;
       if (spec_.gain) {
-        normalize(x, spec_.gain, spec_.eps, cols_, q + width_);
-        x = q + width_;
+        normalize(x, spec_.gain, spec_.eps, spec_.cols, normal);
+        x = normal;
       }
-      for (size_t f = 0; f < forms_.size(); ++f) prepare(x, cols_, width_, formats_[f], forms_[f], tokens, m, q);
-    }
-    return;
-  }
-  const bool gated = spec_.epilogue > Epilogue::add;
-  const Range mine = share(panels_, thread, threads);
-  int64_t bytes = 0;
-  for (size_t i = 0; i < spec_.sites.size(); ++i)
-    for (size_t p = 0; p < uses_[i].size(); ++p) {
-      const Form& form = forms_[static_cast<size_t>(uses_[i][p].form)];
-      bytes = std::max(bytes, scratch_bytes(tokens, *spec_.sites[i].parts[p], form, form.sums[static_cast<size_t>(uses_[i][p].sums)]));
-    }
-  const int64_t result_bytes = tokens * 4 * kPanel * 4;
-  auto* memory = static_cast<uint8_t*>(thread_scratch(0, static_cast<size_t>(2 * result_bytes + bytes)));
-  float* result = reinterpret_cast<float*>(memory);
-  float* second = reinterpret_cast<float*>(memory + result_bytes);
-  uint8_t* scratch = memory + 2 * result_bytes;
-  const auto site_totals = [&](size_t i, int64_t panel, int P, float* to) {
-    for (size_t p = 0; p < uses_[i].size(); ++p) {
-      const Form& form = forms_[static_cast<size_t>(uses_[i][p].form)];
-      const PanelPart part{spec_.sites[i].parts[p], &form, &form.sums[static_cast<size_t>(uses_[i][p].sums)]};
-      totals(part, panel, P, tokens, to, p > 0, scratch);
-    }
-  };
-  int64_t base = 0;
-  for (size_t i = 0; i < spec_.sites.size() && base < mine.end; ++i) {
-    const LinearSite& site = spec_.sites[i];
-    const int64_t rows = site.parts[0]->rows, panels = site.parts[0]->panels();
-    int64_t panel = std::max<int64_t>(0, mine.begin - base);
-    const int64_t end = std::min(panels, mine.end - base);
-    int64_t step = 4;
-    for (const Use& use : uses_[i]) step = std::min<int64_t>(step, panel_step(forms_[static_cast<size_t>(use.form)].path, tokens));
-    while (panel < end) {
-      int64_t P = step;
-      while (P > end - panel) P /= 2;
-      site_totals(i, panel, static_cast<int>(P), result);
-      const float* second_bias = nullptr;
-      if (gated) {
-        site_totals(1, panel, static_cast<int>(P), second);
-        second_bias = spec_.sites[1].bias;
+      for (size_t s = 0; s < sources_.size(); ++s) {
+        const Source& source = sources_[s];
+        const float* v = source.x ? source.x + m * source.cols : x;
+        float *to = memory + widest_, *other = memory + 2 * widest_;
+        int64_t n = source.cols;
+        for (const Transform& t : source.steps) {
+          switch (t.kind) {
+            case Transform::gather:
+              n = t.n;
+              for (int64_t k = 0; k < n; ++k) to[k] = v[t.index[k]];
+              break;
+            case Transform::multiply:
+              for (int64_t k = 0; k < n; ++k) to[k] = v[k] * t.factors[k];
+              break;
+            default:
+              std::copy(v, v + n, to);
+              fwht_row(to, n, *hadamard(t.order), t.factors, false);
+          }
+          v = to;
+          std::swap(to, other);
+        }
+        for (size_t f = 0; f < forms_.size(); ++f)
+          if (source_of_[f] == s) prepare(v, forms_[f], tokens, m, q);
       }
-      const int64_t row = panel * kPanel;
-      finish(result, second, site.bias, second_bias, spec_.epilogue, tokens, P * kPanel, row,
-             std::min(P * kPanel, rows - row), site.out, rows);
-      panel += P;
     }
-    if (gated) break;
-    base += panels;
   }
-}
 
-void linear(LinearSpec spec, int64_t tokens) {
-  if (tokens == 0 || spec.sites.empty()) return;
-  Linear call(std::move(spec));
-  static std::mutex one;  // the memory of prepared inputs is shared
-  std::lock_guard lock(one);
-  call.reserve(tokens);
-  if (call.small(tokens) || team_threads() == 1) {
-    call.run(tokens, 0, 0, 1);
-    call.run(tokens, 1, 0, 1);
-    return;
+  PanelPart part_of(size_t site, size_t i) const {
+    const LinearPart& part = spec_.sites[site].parts[i];
+    const Form& form = forms_[uses_[site][i].form];
+    return {part.weight, part.mask, &form, part.weight ? &form.sums[uses_[site][i].sums] : nullptr};
   }
-  if (tokens < 4) call.run(tokens, 0, 0, 1);
-  else team_run([&](int t, int threads) { call.run(tokens, 0, t, threads); });
-  team_run([&](int t, int threads) { call.run(tokens, 1, t, threads); });
-}
+
+  void site_totals(size_t site, int64_t panel, int64_t P, int64_t tokens, float* to, uint8_t* scratch) const {
+    for (size_t i = 0; i < uses_[site].size(); ++i)
+      totals(part_of(site, i), panel, static_cast<int>(P), tokens, to, i > 0, scratch);
+  }
+
+  int64_t step_of(size_t site, int64_t tokens) const {
+    int64_t step = 4;
+    for (const Use& use : uses_[site]) step = std::min<int64_t>(step, panel_step(forms_[use.form].path, tokens));
+    return step;
+  }
+
+  void multiply(Range mine, int64_t tokens) const {
+    int64_t bytes = 0;
+    for (size_t i = 0; i < spec_.sites.size(); ++i)
+      for (size_t p = 0; p < uses_[i].size(); ++p) bytes = std::max(bytes, scratch_bytes(tokens, part_of(i, p)));
+    const int64_t result_bytes = tokens * 4 * kPanel * 4;
+    auto* memory = static_cast<uint8_t*>(thread_scratch(0, static_cast<size_t>(2 * result_bytes + bytes)));
+    auto *result = reinterpret_cast<float*>(memory), *second = reinterpret_cast<float*>(memory + result_bytes);
+    uint8_t* scratch = memory + 2 * result_bytes;
+    int64_t base = 0;
+    for (size_t i = 0; i < spec_.sites.size() && base < mine.end; ++i) {
+      const LinearSite& site = spec_.sites[i];
+      const int64_t rows = site.parts[0].rows(), panels = panels_of(site);
+      const int64_t end = std::min(panels, mine.end - base);
+      const int64_t step = gated() ? std::min(step_of(0, tokens), step_of(1, tokens)) : step_of(i, tokens);
+      for (int64_t panel = std::max<int64_t>(0, mine.begin - base), P; panel < end; panel += P) {
+        P = step;
+        while (P > end - panel) P /= 2;
+        site_totals(i, panel, P, tokens, result, scratch);
+        if (gated()) site_totals(1, panel, P, tokens, second, scratch);
+        const int64_t row = panel * kPanel;
+        finish({result, second, site.bias, gated() ? spec_.sites[1].bias : nullptr, site.index, spec_.epilogue, tokens,
+                P * kPanel, row, std::min(P * kPanel, rows - row), site.out, site.ld});
+      }
+      if (gated()) break;
+      base += panels;
+    }
+  }
+
+  const LinearSpec spec_;
+  int64_t panels_ = 0, widest_ = 0;
+  std::vector<Source> sources_;
+  std::vector<size_t> source_of_;        // of each form
+  mutable std::vector<Form> forms_;      // their memory is given anew for each run
+  std::vector<std::vector<Use>> uses_;   // [site][part]
+  mutable int64_t bytes_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Op> linear_op(LinearSpec spec) { return std::make_unique<LinearOp>(std::move(spec)); }
 
 }  // namespace gsm

@@ -111,19 +111,17 @@ GSM_DECLARE(void emit(const Emission& e))
 // ---------------------------------------------------------------- the call
 
 // What happens to a token before it is quantized for a part: in this order, each step optional.
-struct Step {
+struct Transform {
   enum Kind { gather, multiply, hadamard } kind = gather;
   const uint32_t* index = nullptr;  // gather: [n] columns
   int64_t n = 0;
   const float* factors = nullptr;   // multiply: [n]; hadamard: signs [n] or null
   int64_t order = 0;                // hadamard
 };
-bool same_step(const Step& a, const Step& b, int64_t cols);
-
 struct Source {
   const float* x = nullptr;  // [tokens][cols] of an array beside the call's own input; null: that input
-  int64_t cols = 0;          // before the steps
-  std::vector<Step> steps;
+  int64_t cols = 0;          // of that array, before the steps
+  std::vector<Transform> steps;
 };
 
 struct LinearPart {
