@@ -1,14 +1,17 @@
 """What every format promises, for every format and every edge of a shape.
 
-The error of a stored weight is at most half a step of its group, with these additions, all from the definition in
-``Coded.quantize`` (s is the stored scale, e the relative rounding of a scale: 2^-11 for f16, 2^-8 for bf16,
-2^-16 for f32, of which 16 bits are kept beside a zero point or a minimum):
+Each element is at its nearest code with the scale as stored, which is checked against what all codes would mean; but
+the largest of a zero-point group is on the last code, and some groups were rounded twice (see ``settle`` in fit.py).
+
+How good the scales are is checked for integers with plain scales, whose error is at most half a step of their group,
+with these additions (s is the stored scale, e the relative rounding of a scale: 2^-11 for f16, 2^-8 for bf16, 2^-16
+for f32, of which 16 bits are kept beside a zero point or a minimum):
     signed        the extreme sits on -2^(B-1), so an opposite one of the same size lies a whole step beyond the last
                   code; the rounded scale moves both ends by 2^(B-1) e steps
     zero point    the rounded zero point shifts the range by half a step at most, and the rounded scale widens or
                   narrows it by (2^B - 1) e steps; the largest element takes the last code whatever it is nearest to
     minimum       the rounded scale as above; a group whose smallest or largest element misses the first or the
-                  last code (8-bit codes beside a scale or a minimum of 16 bits) is rounded twice
+                  last code (6 to 8-bit codes beside a scale or a minimum of few bits) is rounded twice
 """
 
 from __future__ import annotations
@@ -23,26 +26,46 @@ from gossamer.formats import (
     ArraySource,
     Coded,
     Dense,
+    KMeans,
     Packed,
     allocate,
     bits_per_weight,
     encode,
+    layout,
     node,
     parse_weight,
     project,
+    scales,
 )
+from gossamer.formats.coded import Group
 from gossamer.formats.node import ALIGN, PANEL
-from gossamer.formats.numbers import FLOATS, INTEGERS
+from gossamer.formats.numbers import FLOATS, NUMBERS
 
-GROUPS = ("g8", "g32", "g64", "g128", "row")
-FORMATS = [parse_weight(text) for text in (
-    *FLOATS,
-    *(f"{n}/{g}*{s}" for n in ("int8", "int5", "int4") for g in GROUPS for s in FLOATS),
-    *(f"{n}/{g}*{s}{o}" for n in ("uint8", "uint5", "uint4") for g in GROUPS for s in FLOATS
+GROUPS = ("g16", "g32", "g64", "g128", "row")
+PLAIN = [parse_weight(text) for text in (
+    *(f"int{b}/{g}*{s}" for b in (8, 5, 4, 3) for g in GROUPS for s in FLOATS),
+    *(f"uint{b}/{g}*{s}{o}" for b in (8, 5, 4, 2) for g in GROUPS for s in FLOATS
       for o in ("", "-m(f16)", "-m(f32)", "-m(bf16)")),
+    *(f"{n}/g32" for n in ("int2", "int6", "int7", "uint3", "uint6", "uint7")),
 )]  # fmt: skip
+NESTED = ("int8/row", "uint6/g8-z(0)", "e4m3/tensor", "int8/g256", "uint3/g16", "nf4/g16", "int6/g24*bf16",
+          "int8/32x16", "uint4/g16*(uint6/g8-z(0))-m(uint6/row-z(0))")  # fmt: skip
+FORMATS = [*map(parse_weight, FLOATS), *PLAIN, *(parse_weight(text) for text in (
+    *(f"{n}/{g}" for n in NUMBERS for g in ("g32", "row") if n[:3] not in ("int", "uin")),
+    *(f"{n}/{g}*{s}" for n in ("int8", "int4", "int2", "uint4", "uint8", "ternary", "bipolar1", "bipolar4", "e2m1",
+                               "e4m3", "e3m0", "e5m2", "nf4")
+      for g, s in (("g32", "e8m0"), ("16x16", "e8m0"), ("g16", "e4m3"), ("32x48", "f32"), ("tensor", "f32"),
+                   ("tensor", "f16"))),
+    *(f"uint{b}/{g}-z(0)" for b in (2, 4, 8) for g in ("g16", "row", "16x32")),
+    *(f"uint{b}/{g}-m(f16)" for b in (2, 4, 8) for g in ("tensor", "16x32")),
+    *(f"{n}/{g}*({s})" for n in ("int8", "int4", "uint4", "e2m1", "nf4", "ternary", "bipolar2")
+      for g in ("g16", "16x16") for s in NESTED),
+    "uint2/g16*(uint4/g16-z(0))-m(uint4/g16-z(0))", "uint4/g32*(uint6/g8-z(0))-m(uint6/g8-z(0))",
+    "uint4/g16-m(int8/tensor)", "uint8/g16*(e4m3/tensor)-m(int8/16x16)",
+    *(f"kmeans{b}/{per}" for b in (2, 3, 4) for per in ("row", "tensor")),
+))]  # fmt: skip
 ROWS = (1, 15, 16, 17, 33)
-COLS = (1, 7, 8, 9, 31, 32, 33, 100)
+COLS = (1, 7, 16, 17, 31, 32, 33, 100)
 SCALE_ERROR = {"f16": 2.0**-11, "bf16": 2.0**-8, "f32": 2.0**-16}
 
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -65,15 +88,12 @@ def weights(rows, cols, seed=0):
     return w
 
 
-def steps(packed, per_element=True):
-    """float64 scales [rows, groups] as stored, or one per element."""
+def steps(packed):
+    """float64 |scale| of each element, as stored; of plain scales of rows."""
     fmt, (rows, cols) = packed.format, packed.shape
-    panels = (rows + PANEL - 1) // PANEL
-    scales = fmt.unpack_rows(packed.arrays, cols, 0, panels)[1][:rows]
-    wide = {"f32": scales, "f16": scales}.get(fmt.scale, scales.astype("<u4") << 16)
-    s = np.abs((wide.view("<f4") if fmt.scale == "bf16" else wide).astype(np.float64))
-    group = fmt.group or cols
-    return np.repeat(s, group, axis=1)[:, :cols] if per_element else s
+    parts = fmt.unpack_parts(packed.arrays, rows, cols, 0, (rows + PANEL - 1) // PANEL)
+    s = np.abs(scales.load(parts.scales[:rows], fmt.scale).astype(np.float64))
+    return np.repeat(s, fmt.width(cols), axis=1)[:, :cols]
 
 
 def bound(packed, w):
@@ -88,9 +108,9 @@ def bound(packed, w):
         beyond = np.maximum(0, np.abs(w) - s * (levels // 2 - 1)) * (np.sign(w) != np.sign(extreme(packed, w)))
         share = np.maximum(s / 2, np.maximum(beyond, s * levels // 2 * error))
     elif fmt.minimum is None:
-        share = s * (0.5 + (levels - 1) * error)
+        share = s * (0.5 + 0.5 * (fmt.number.bits >= 6 and fmt.scale == "bf16") + (levels - 1) * error)
     else:
-        twice = fmt.number.bits == 8 and (fmt.minimum, fmt.scale) != ("f32", "f32")
+        twice = fmt.number.bits >= 6 and (fmt.minimum, fmt.scale) != ("f32", "f32")
         share = s * (0.5 + 0.5 * twice + (levels - 1) * error)
     # A scale too small for its type is itself half a unit off.
     tiny = {"f16": 2.0**-25, "bf16": 2.0**-134, "f32": 2.0**-150}[fmt.scale]
@@ -100,30 +120,71 @@ def bound(packed, w):
 def extreme(packed, w):
     """The element of largest magnitude of each group, spread over the group; the negative one of a tie."""
     cols = w.shape[1]
-    group = packed.format.group or cols
-    groups = (cols + group - 1) // group
+    group, groups = packed.format.width(cols), packed.format.groups(cols)
     padded = np.pad(w, ((0, 0), (0, groups * group - cols))).reshape(len(w), groups, group)
     low, high = padded.min(axis=2), padded.max(axis=2)
     return np.repeat(np.where(-low >= high, low, high), group, axis=1)[:, :cols]
 
 
-@every_format
+@pytest.mark.parametrize("fmt", [*map(Dense, FLOATS), *PLAIN], ids=str)
 def test_decode_of_encode_is_near(fmt):
     for rows, cols in shapes(fmt):
+        w = weights(rows, cols)
+        packed = encode(fmt, ArraySource(w))
+        over = np.abs(packed.decode().astype(np.float64) - w) - bound(packed, w)
+        assert over.max() <= 0, (rows, cols, np.unravel_index(over.argmax(), w.shape))
+
+
+@every_format
+def test_every_element_is_at_its_nearest_code(fmt):
+    if isinstance(fmt, Dense):
+        return
+    bits = fmt.bits if isinstance(fmt, KMeans) else fmt.number.bits
+    levels = 1 << bits if isinstance(fmt, KMeans) else fmt.number.levels
+    for rows, cols in shapes(fmt)[:: 8 if bits > 6 else 3]:
         w = weights(rows, cols)
         packed = encode(fmt, ArraySource(w))
         back = packed.decode()
         assert back.dtype == np.float32
         assert back.shape == w.shape
-        over = np.abs(back.astype(np.float64) - w) - bound(packed, w)
-        assert over.max() <= 0, (rows, cols, np.unravel_index(over.argmax(), w.shape))
+        errors, slack = [], np.abs(back) * 2.0**-22
+        for c in range(levels):
+            arrays = {name: array.copy() for name, array in packed.arrays.items()}
+            layout.pack_codes(np.full(w.shape, c, np.uint8), bits, 0, arrays, 0)
+            other = Packed(fmt, w.shape, arrays).decode().astype(np.float64)
+            other[~np.isfinite(other)] = np.inf  # the codes of e4m3 and e5m2 that are no numbers
+            errors.append(np.abs(other - w))
+            slack = np.maximum(slack, np.where(np.isfinite(other), np.abs(other), 0) * 2.0**-22)
+        ours, errors = np.abs(back.astype(np.float64) - w), np.sort(errors, axis=0)
+        if twice(fmt):
+            assert (ours <= errors[0] + slack).mean() > 0.6
+            assert (ours <= errors[1] + slack).mean() > 0.95
+        else:
+            assert (ours <= errors[0] + slack).all(), (rows, cols)
+
+
+def twice(fmt):
+    """Whether some groups are at the nearest codes of what they were at first: those whose values are quantized again,
+    or whose largest element is put on the last code."""
+    if isinstance(fmt, KMeans):
+        return False
+    return fmt.zero or fmt.minimum is not None or fmt.number.family == "int" or fmt.scale != "f32"
 
 
 @every_format
 def test_project_is_idempotent(fmt):
     for rows, cols in shapes(fmt):
         once = project(fmt, weights(rows, cols, seed=1))
-        assert same(project(fmt, once), once), (rows, cols)
+        again = project(fmt, once)
+        if nearly_idempotent(fmt):
+            assert np.abs(again - once).max() <= 0.05 * np.abs(once).max()
+        else:
+            assert same(again, once), (rows, cols)
+
+
+def nearly_idempotent(fmt):
+    """Zero points of rows that share a nested scale: another row than the widest may become it by rounding."""
+    return isinstance(fmt, Coded) and fmt.zero and fmt.group.shared and isinstance(fmt.scale, Coded)
 
 
 def same(a, b):
@@ -136,6 +197,8 @@ def test_bytes(fmt):
     for rows, cols in shapes(fmt):
         packed = encode(fmt, ArraySource(weights(rows, cols)))
         packed.validate("this matrix")
+        if isinstance(fmt, Coded):  # an expression reads back as the same format
+            assert parse_weight(str(fmt)) == fmt
         fields = fmt.fields(rows, cols)
         assert list(packed.arrays) == list(fields)
         for name, array in packed.arrays.items():
@@ -179,7 +242,7 @@ def test_a_weight_that_is_no_number_is_refused_with_its_row(fmt, bad, monkeypatc
 
 def kinds():
     """One format for each way to find codes, with the defaults and with the coarsest and the finest scale."""
-    for number in INTEGERS:
+    for number in ("int8", "int5", "int4", "uint8", "uint5", "uint4"):
         for suffix in ("/g32", "/g32*f32", "/g32*bf16", "/row"):
             yield parse_weight(number + suffix)
             if number.startswith("u"):
@@ -187,7 +250,7 @@ def kinds():
                     yield parse_weight(f"{number}{suffix}-m({minimum})")
 
 
-@pytest.mark.parametrize("fmt", [*map(Dense, FLOATS), *kinds()], ids=str)
+@pytest.mark.parametrize("fmt", [*map(Dense, FLOATS), *kinds(), KMeans(3, "row")], ids=str)
 def test_validate_names_what_is_wrong(fmt):
     packed = encode(fmt, ArraySource(weights(3, 20)))
     name = list(packed.arrays)[-1]
@@ -208,7 +271,7 @@ def test_more_bits_and_smaller_groups_help(fmt):
     w = weights(32, 512, seed=3)
 
     def error(number, group):
-        other = Coded(INTEGERS[number], group, fmt.scale, fmt.minimum)
+        other = Coded(NUMBERS[number], Group(1, group), fmt.scale, None, fmt.minimum)
         return float(((project(other, w) - w).astype(np.float64) ** 2).mean())
 
     names = ["int4", "int5", "int8"] if fmt.number.signed else ["uint4", "uint5", "uint8"]
@@ -216,7 +279,7 @@ def test_more_bits_and_smaller_groups_help(fmt):
     by_bits = [error(name, 64) for name in names]
     assert by_bits[1] < by_bits[0] / 3
     assert by_bits[2] < by_bits[1] / 3**3 * (4 if fmt.scale == "bf16" or fmt.minimum == "bf16" else 1)
-    by_group = [error(fmt.number.name, group) for group in (8, 32, 128, None)]
+    by_group = [error(fmt.number.name, group) for group in (16, 32, 128, None)]
     # An 8-bit code in a small group feels the rounding of its bf16 scale and of its signed range's end.
     slack = 1.1 if fmt.number.bits == 8 else 1.0
     assert all(small <= large * slack for small, large in pairwise(by_group))
@@ -230,3 +293,58 @@ def test_allocate_asks_for_zeroed_arrays(rows):
         assert not any(a.any() for a in arrays.values())
     with pytest.raises(FormatError, match="at least one row"):
         allocate(Dense("f32"), 0, 4)
+
+
+@pytest.mark.parametrize(("make", "says"), [
+    (lambda: Group.of(12), "multiple of 16 columns"),
+    (lambda: Group.of(0), "multiple of 16 columns"),
+    (lambda: Group.of(1 << 21), "multiple of 16 columns up to"),
+    (lambda: Group.tile(8, 16), "multiple of 16 rows"),
+    (lambda: Group(None, 32), "write 'tensor'"),
+    (lambda: Coded(NUMBERS["int4"], Group.of(32), "f8"), "scale 'f8' is not known"),
+    (lambda: Coded(NUMBERS["int4"], Group.of(32), zero=True), "takes no zero point or minimum"),
+    (lambda: Coded(NUMBERS["nf4"], Group.of(32), minimum="f16"), "takes no zero point or minimum"),
+    (lambda: Coded(NUMBERS["uint4"], Group.of(32), zero=True, minimum="f16"), "not both"),
+    (lambda: Coded(NUMBERS["uint4"], Group.of(32), minimum="e8m0"), "a minimum is stored as f32, f16, bf16"),
+    (lambda: nest(nest(nest(Coded(NUMBERS["int4"], Group.row())))), "nests 4 formats in one another; at most 3"),
+    (lambda: allocate(Coded(NUMBERS["int4"], Group.of(24)), 4, 4), "only inside a scale.*'g32'"),
+    (lambda: allocate(Coded(NUMBERS["int4"], Group.tile(16, 8)), 4, 4), "only inside a scale.*'16x16'"),
+    (lambda: KMeans(5, "row"), "write kmeans2, kmeans3 or kmeans4"),
+    (lambda: KMeans(4, "g32"), "table per row or tensor"),
+])  # fmt: skip
+def test_what_cannot_be_is_said_in_one_sentence(make, says):
+    with pytest.raises(FormatError, match=says) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def nest(scale):
+    return Coded(NUMBERS["int4"], Group.row(), scale)
+
+
+class Counted:
+    """A source that counts how it is read."""
+
+    def __init__(self, w):
+        self.w, self.most, self.reads = w, 0, 0
+
+    @property
+    def shape(self):
+        return self.w.shape
+
+    def read(self, r0, r1):
+        self.most, self.reads = max(self.most, r1 - r0), self.reads + r1 - r0
+        return self.w[r0:r1]
+
+
+@pytest.mark.parametrize(("text", "passes"), [
+    ("int4/g32", 1), ("int4/g32*(int8/row)", 1), ("kmeans4/row", 1), ("e4m3/32x48", 2), ("int8/tensor", 2),
+    ("e2m1/g16*(e4m3/tensor)", 2), ("uint4/g16-m(int8/tensor)", 2), ("kmeans4/tensor", 2), ("ternary/tensor", 3),
+])  # fmt: skip
+def test_a_matrix_is_read_a_few_rows_at_a_time(text, passes, monkeypatch):
+    for module in ("node", "shared", "kmeans"):
+        monkeypatch.setattr(f"gossamer.formats.{module}.ROWS_PER_STEP", 32)
+    source = Counted(weights(200, 48))
+    encode(parse_weight(text), source)
+    assert source.most == 32
+    assert source.reads == passes * 200

@@ -314,7 +314,10 @@ def test_k_means_holds_few_values_exactly(per):
     values = np.array([-3e30, -0.5, 0, 1e-30, 0.013, 2, 2.5, 7e5], np.float32)
     w = np.random.default_rng(0).choice(values, (20, 50)).astype(np.float32)
     assert project(KMeans(3, per), w).tobytes() == w.tobytes()
-    assert not project(KMeans(2, per), np.zeros((5, 9), np.float32)).any()
+    zeros = np.zeros((5, 9), np.float32)
+    assert project(KMeans(2, per), -zeros).tobytes() == zeros.tobytes()  # one zero, without a sign
+    tiny = np.array([[-0.0, 1e-45, 0.0]], np.float32)
+    assert project(KMeans(2, per), project(KMeans(2, per), tiny)).tobytes() == project(KMeans(2, per), tiny).tobytes()
 
 
 @pytest.mark.parametrize("text", ["kmeans5/row", "kmeans4/g32"])

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gossamer.errors import FormatError
-from gossamer.formats import fit, layout, scales
+from gossamer.formats import fit, layout, scales, shared
 from gossamer.formats.group import MAX_GROUP, Group
 from gossamer.formats.layout import BLOCK
 from gossamer.formats.node import PANEL, Field, RowSource
@@ -149,7 +149,7 @@ class Coded:
 
     def prepare(self, source: RowSource) -> fit.State | None:
         """What rows share (a scale of several rows, at any depth), found in passes over the matrix; None if nothing."""
-        return fit.prepare(self, source)
+        return shared.prepare(self, source)
 
     def quantize(self, w: F32, first_row: int = 0, state: fit.State | None = None) -> Parts:
         """Codes, scales and offsets of float32 rows [n, cols], the matrix's rows from ``first_row`` on: see fit.py."""

@@ -7,7 +7,6 @@ the same values again. docs/formats.md says where that has limits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,27 @@ import numpy as np
 import numpy.typing as npt
 
 from gossamer.formats import halves, scales
-from gossamer.formats.node import ROWS_PER_STEP, ArraySource, RowSource
 from gossamer.formats.numbers import FLOATS, Number
 
 if TYPE_CHECKING:
     from gossamer.formats.coded import Coded
 
-__all__ = ["Parts", "State", "prepare", "quantize", "values"]
+__all__ = [
+    "FLOAT32_MAX",
+    "NOTHING",
+    "Parts",
+    "State",
+    "by_mean",
+    "fit_once",
+    "grouped",
+    "ideal",
+    "quantize",
+    "settle",
+    "steps_of",
+    "store_mins",
+    "store_scales",
+    "values",
+]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -30,7 +43,6 @@ I64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-TERNARY_CUT = 0.7  # of the mean magnitude: what ternary weight networks (Li et al. 2016, eq. 6) keep
 
 
 @dataclass
@@ -119,7 +131,7 @@ def quantize(fmt: Coded, w: F32, rows: I64, state: State | None, least: Bools | 
     """
     n, cols = w.shape
     inner = least is not None
-    x = _grouped(fmt, w)
+    x = grouped(fmt, w)
     state = state or NOTHING
     if fmt.group.shared:
         assert state.s is not None  # the caller prepared
@@ -129,8 +141,8 @@ def quantize(fmt: Coded, w: F32, rows: I64, state: State | None, least: Bools | 
         codes, zeros = _round(fmt, x, state.s[tiles], m, inner)
         found = Parts(codes, state.stored_scales, zeros, state.stored_mins, True)
     else:
-        found = _fit(fmt, x, cols, rows, state, inner)
-        _settle(fmt, found, cols, rows, state, inner)
+        found = fit_once(fmt, x, cols, rows, state, inner)
+        settle(fmt, found, cols, rows, state, inner)
     parts = Parts(found.codes.reshape(n, -1)[:, :cols].astype(np.uint8), found.scales, found.zeros, found.mins,
                   found.shared)  # fmt: skip
     if least is not None and least.any():
@@ -142,7 +154,7 @@ def quantize(fmt: Coded, w: F32, rows: I64, state: State | None, least: Bools | 
 def _dequantize(fmt: Coded, parts: Parts, rows: I64, state: State | None) -> F32:
     """What ``quantize`` kept, float32 [n, cols]."""
     cols = parts.codes.shape[1]
-    s, zeros, m = _steps(fmt, parts, rows, state or NOTHING)
+    s, zeros, m = steps_of(fmt, parts, rows, state or NOTHING)
     width = fmt.width(cols)
 
     def spread(x: F32 | None) -> F32 | None:
@@ -153,7 +165,7 @@ def _dequantize(fmt: Coded, parts: Parts, rows: I64, state: State | None) -> F32
     return values(fmt.number, parts.codes, per_element, spread(zeros), spread(m))
 
 
-def _steps(fmt: Coded, parts: Parts, rows: I64, state: State) -> tuple[F32, F32 | None, F32 | None]:
+def steps_of(fmt: Coded, parts: Parts, rows: I64, state: State) -> tuple[F32, F32 | None, F32 | None]:
     """Scales, zero points and minima of each row and group, float32."""
     zeros = None if parts.zeros is None else parts.zeros.astype(np.float32)
     if parts.shared:
@@ -174,7 +186,7 @@ def _load(scale: str | Coded | None, stored: npt.NDArray[Any] | Parts | None, ro
     return scales.load(stored, scale)
 
 
-def _grouped(fmt: Coded, w: F32) -> F32:
+def grouped(fmt: Coded, w: F32) -> F32:
     """[n, cols] to [n, groups, width]; what pads the last group does not change its range."""
     n, cols = w.shape
     width, groups = fmt.width(cols), fmt.groups(cols)
@@ -187,18 +199,18 @@ def _grouped(fmt: Coded, w: F32) -> F32:
     return padded.reshape(n, groups, width)
 
 
-def _fit(fmt: Coded, x: F32, cols: int, rows: I64, state: State, inner: bool) -> Parts:
+def fit_once(fmt: Coded, x: F32, cols: int, rows: I64, state: State, inner: bool) -> Parts:
     """One round to nearest of x [..., width]: codes [..., width] (of any type), scales and offsets [...]."""
     mins = m = None
     if fmt.minimum is not None:
-        mins, m = _store_mins(fmt, -x.min(axis=-1), rows, state)
-    s, limit = _ideal(fmt, x, cols, m, inner)
-    stored, steps = _store_scales(fmt, s, limit, rows, state)
+        mins, m = store_mins(fmt, -x.min(axis=-1), rows, state)
+    s, limit = ideal(fmt, x, cols, m, inner)
+    stored, steps = store_scales(fmt, s, limit, rows, state)
     codes, zeros = _round(fmt, x, steps, m, inner)
     return Parts(codes, stored, zeros, mins)
 
 
-def _by_mean(number: Number) -> bool:
+def by_mean(number: Number) -> bool:
     """Whether the scale is a mean of magnitudes: where -1, 0 and 1 are all there is."""
     return number.family == "ternary" or number.name == "bipolar1"
 
@@ -210,7 +222,7 @@ def _signed(fmt: Coded, inner: bool) -> bool:
     return fmt.scale in FLOATS if isinstance(fmt.scale, str) else fmt.scale is not None and fmt.scale.number.signed
 
 
-def _ideal(fmt: Coded, x: F32, cols: int, m: F32 | None, inner: bool) -> tuple[F64, Any]:
+def ideal(fmt: Coded, x: F32, cols: int, m: F32 | None, inner: bool) -> tuple[F64, Any]:
     """The scale of each group as a real number, and how large it may be for values to stay within float32.
 
     The extreme of an int group sits on -2^(B-1) if the scale may be negative, which uses every code; else on the
@@ -221,26 +233,20 @@ def _ideal(fmt: Coded, x: F32, cols: int, m: F32 | None, inner: bool) -> tuple[F
     limit: Any = FLOAT32_MAX / max(number.largest, float(number.zero))
     if number.family == "ternary":
         return _best_ternary(x), limit
-    if _by_mean(number):
+    if by_mean(number):
         width = x.shape[-1]
         valid = np.clip(cols - width * np.arange(x.shape[-2]), 1, width)
         return np.abs(x).sum(axis=-1, dtype=np.float64) / valid, limit
     low, high = x.min(axis=-1).astype(np.float64), x.max(axis=-1).astype(np.float64)
-    return _ideal_of_range(fmt, low, high, m, inner), (FLOAT32_MAX + np.minimum(m, 0)) / top if m is not None else limit
-
-
-def _ideal_of_range(fmt: Coded, low: F64, high: F64, m: F32 | None, inner: bool) -> F64:
-    number = fmt.number
-    top = number.levels - 1
     if m is not None:
-        return np.maximum(high + m, 0) / top
+        return np.maximum(high + m, 0) / top, (FLOAT32_MAX + np.minimum(m, 0)) / top
     if fmt.zero:
-        return (np.maximum(high, 0) - np.minimum(low, 0)) / top
+        return (np.maximum(high, 0) - np.minimum(low, 0)) / top, limit
     if number.family == "int" and _signed(fmt, inner):
-        return np.where(-low >= high, low, high) / -number.zero
+        return np.where(-low >= high, low, high) / -number.zero, limit
     if number.family == "uint":
-        return np.where(-low > high, low, high) / top if _signed(fmt, inner) else np.maximum(high, 0) / top
-    return np.maximum(-low, high) / number.largest
+        return (np.where(-low > high, low, high) / top if _signed(fmt, inner) else np.maximum(high, 0) / top), limit
+    return np.maximum(-low, high) / number.largest, limit
 
 
 def _best_ternary(x: F32) -> F64:
@@ -253,7 +259,7 @@ def _best_ternary(x: F32) -> F64:
     return np.asarray(np.take_along_axis(total, best, axis=-1)[..., 0] / (best[..., 0] + 1))
 
 
-def _store_scales(fmt: Coded, s: F64, limit: Any, rows: I64, state: State) -> tuple[npt.NDArray[Any] | Parts, F32]:
+def store_scales(fmt: Coded, s: F64, limit: Any, rows: I64, state: State) -> tuple[npt.NDArray[Any] | Parts, F32]:
     """Scales in their format and as float32, so that no value overflows float32 (``limit``)."""
     scale, number = fmt.scale, fmt.number
     if not isinstance(scale, str):
@@ -262,7 +268,7 @@ def _store_scales(fmt: Coded, s: F64, limit: Any, rows: I64, state: State) -> tu
         least = np.ones(s.shape, np.bool_) if number.zero_code is not None else s != 0
         stored = quantize(scale, np.clip(s, -limit, limit).astype(np.float32), rows, state.scales, least)
         return stored, _dequantize(scale, stored, rows, state.scales)
-    mean = _by_mean(number)
+    mean = by_mean(number)
     if scale == "e8m0":
         powers = scales.store_power_of_two(s, number.largest, mean)
         return powers, scales.load(powers, scale)
@@ -272,7 +278,7 @@ def _store_scales(fmt: Coded, s: F64, limit: Any, rows: I64, state: State) -> tu
     return plain, scales.load(plain, scale)
 
 
-def _store_mins(fmt: Coded, m: F32, rows: I64, state: State) -> tuple[npt.NDArray[Any] | Parts, F32]:
+def store_mins(fmt: Coded, m: F32, rows: I64, state: State) -> tuple[npt.NDArray[Any] | Parts, F32]:
     """Minima in their format and as float32: a float one lies at or below the group's (m is its negative)."""
     kind = fmt.minimum
     if isinstance(kind, str):
@@ -334,7 +340,7 @@ def _divisor(s: F32) -> F32:
 # ------------------------------------------------------------ idempotence
 
 
-def _settle(fmt: Coded, found: Parts, cols: int, rows: I64, state: State, inner: bool) -> None:
+def settle(fmt: Coded, found: Parts, cols: int, rows: I64, state: State, inner: bool) -> None:
     """Quantizes what the codes stand for again, until nothing changes; replaces ``found`` where it does.
 
     Groups that use their extreme codes give the same scale and offset again at once. With plain scales a few do not,
@@ -348,12 +354,12 @@ def _settle(fmt: Coded, found: Parts, cols: int, rows: I64, state: State, inner:
             return
         part = found.take(rest)
         some = rows[rest] if nested else rows
-        s, zeros, m = _steps(fmt, part, some, state)
+        s, zeros, m = steps_of(fmt, part, some, state)
         v = values(fmt.number, _whole(fmt, part.codes), s[..., None], _last(zeros), _last(m))
         if nested and cols < v.shape[1] * v.shape[2]:
-            v = _grouped(fmt, v.reshape(len(v), -1)[:, :cols])
-        again = _fit(fmt, v, cols, some, state, inner)
-        s, zeros, m = _steps(fmt, again, some, state)
+            v = grouped(fmt, v.reshape(len(v), -1)[:, :cols])
+        again = fit_once(fmt, v, cols, some, state, inner)
+        s, zeros, m = steps_of(fmt, again, some, state)
         differs = values(fmt.number, _whole(fmt, again.codes), s[..., None], _last(zeros), _last(m)) != v
         if nested:
             differs.reshape(len(v), -1)[:, cols:] = False
@@ -374,7 +380,7 @@ def _settled(fmt: Coded, found: Parts) -> Bools:
     """Which groups with plain scales use their extreme codes, so that their values give the same scale again."""
     number, codes = fmt.number, found.codes
     shape = codes.shape[:-1]
-    if _by_mean(number):
+    if by_mean(number):
         return np.ones(shape, np.bool_)  # the mean of what is kept is s
     if fmt.scale == "e8m0" and number.family != "uint" and np.frexp(number.largest)[0] != 0.5:
         return np.ones(shape, np.bool_)  # the floor rule leaves the extreme in its binade
@@ -393,124 +399,3 @@ def _settled(fmt: Coded, found: Parts) -> Bools:
     elif fmt.minimum is None:
         return np.asarray(last == number.levels - 1)
     return np.asarray((first == 0) & (last == number.levels - 1))
-
-
-# ------------------------------------------------------------ what rows share
-
-
-@dataclass(frozen=True)
-class _Derived:
-    """A matrix computed from the rows of another, a few at a time."""
-
-    source: RowSource
-    cols: int
-    of: Callable[[F32, I64], npt.NDArray[Any]]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return (self.source.shape[0], self.cols)
-
-    def read(self, r0: int, r1: int) -> F32:
-        return np.ascontiguousarray(self.of(self.source.read(r0, r1), np.arange(r0, r1)), np.float32)
-
-
-def prepare(fmt: Coded, source: RowSource, inner: bool = False) -> State | None:
-    """The scales that rows share, at any depth; None when each row is on its own."""
-    cols = source.shape[1]
-    if fmt.group.shared:
-        return _prepare_shared(fmt, source, inner)
-    groups = fmt.groups(cols)
-    state = NOTHING
-    if fmt.minimum is not None and not isinstance(fmt.minimum, str):
-        lowest = _Derived(source, groups, lambda w, _: -_grouped(fmt, w).min(axis=-1))
-        state = State(mins=prepare(fmt.minimum, lowest, True))
-    if fmt.scale is None or isinstance(fmt.scale, str):
-        return None if state.mins is None else state
-
-    def ideal(w: F32, numbers: I64) -> F64:
-        x = _grouped(fmt, w)
-        m = None
-        if fmt.minimum is not None:
-            m = _store_mins(fmt, -x.min(axis=-1), numbers, state)[1]
-        s, limit = _ideal(fmt, x, cols, m, inner)
-        return np.clip(s, -limit / 2, limit / 2)
-
-    shared = prepare(fmt.scale, _Derived(source, groups, ideal), True)
-    return None if shared is None and state.mins is None else State(scales=shared, mins=state.mins)
-
-
-def _prepare_shared(fmt: Coded, source: RowSource, inner: bool) -> State:
-    """Scales and minima of tiles: one pass over the rows, two for ternary."""
-    rows, cols = source.shape
-    tile, shape = fmt.tile_rows(rows), fmt.matrix(rows, cols)
-    numbers = np.arange(shape[0])
-    if _by_mean(fmt.number):
-        s = _mean_of_tiles(fmt, source)
-        state = State(scales=_prepare_matrix(fmt.scale, s))
-        stored, single = _store_scales(fmt, s, FLOAT32_MAX, numbers, state)
-        return State(stored, None, single, None, tile)
-    # The extremes of a tile stand for it: codes are monotone, so that what is found for them holds for all between.
-    ends = np.zeros((*shape, 2), np.float32)
-    widest = np.full(shape, -np.inf)
-    for t, x in _tiles(fmt, source):
-        low, high = x.min(axis=-1), x.max(axis=-1)
-        if fmt.zero:  # zero points are of a row and group each, so the widest row decides
-            low, high = np.minimum(low, 0), np.maximum(high, 0)
-            spread = high.astype(np.float64) - low
-            row = spread.argmax(axis=0)[None]
-            pair = np.stack([np.take_along_axis(e, row, axis=0)[0] for e in (low, high)], axis=-1)
-            wider = np.take_along_axis(spread, row, axis=0)[0] > widest[t]
-            ends[t][wider] = pair[wider]
-            widest[t] = np.maximum(widest[t], spread.max(axis=0))
-        else:
-            first = widest[t] == -np.inf
-            ends[t, :, 0] = np.where(first, low.min(axis=0), np.minimum(ends[t, :, 0], low.min(axis=0)))
-            ends[t, :, 1] = np.where(first, high.max(axis=0), np.maximum(ends[t, :, 1], high.max(axis=0)))
-            widest[t] = 0
-    state = State(mins=_prepare_matrix(fmt.minimum, -ends[..., 0]))
-    if not isinstance(fmt.scale, str):
-        m = None if fmt.minimum is None else _store_mins(fmt, -ends[..., 0], numbers, state)[1]
-        s, limit = _ideal(fmt, ends, 0, m, inner)
-        state = State(mins=state.mins, scales=_prepare_matrix(fmt.scale, np.clip(s, -limit / 2, limit / 2)))
-    found = _fit(fmt, ends, ends[0].size, numbers, state, inner)
-    _settle(fmt, found, ends[0].size, numbers, state, inner)
-    single, _, m = _steps(fmt, found, numbers, state)
-    return State(found.scales, found.mins, single, m, tile)
-
-
-def _prepare_matrix(scale: str | Coded | None, matrix: npt.NDArray[Any]) -> State | None:
-    if scale is None or isinstance(scale, str):
-        return None
-    return prepare(scale, ArraySource(matrix.astype(np.float32)), True)
-
-
-def _tiles(fmt: Coded, source: RowSource) -> Iterator[tuple[int, F32]]:
-    """Grouped rows [k, groups, width] of one tile at a time, a few at once."""
-    rows = source.shape[0]
-    tile = fmt.tile_rows(rows)
-    for r0 in range(0, rows, ROWS_PER_STEP):
-        r1 = min(rows, r0 + ROWS_PER_STEP)
-        x = _grouped(fmt, source.read(r0, r1))
-        for t in range(r0 // tile, (r1 - 1) // tile + 1):
-            yield t, x[max(0, t * tile - r0) : (t + 1) * tile - r0]
-
-
-def _mean_of_tiles(fmt: Coded, source: RowSource) -> F64:
-    """The mean magnitude of each tile; for ternary, of what is above 0.7 of it (ternary weight networks)."""
-    rows, cols = source.shape
-    tile, shape, width = fmt.tile_rows(rows), fmt.matrix(rows, cols), fmt.width(cols)
-    columns = np.clip(cols - width * np.arange(shape[1]), 1, width)
-    count = columns * np.clip(rows - tile * np.arange(shape[0]), 1, tile)[:, None]
-    total = np.zeros(shape)
-    for t, x in _tiles(fmt, source):
-        total[t] += np.abs(x).sum(axis=(0, 2), dtype=np.float64)
-    if fmt.number.family != "ternary":
-        return total / count
-    cut = TERNARY_CUT * total / count
-    total, kept = np.zeros(shape), np.zeros(shape, np.int64)
-    for t, x in _tiles(fmt, source):
-        magnitude = np.abs(x)
-        above = magnitude > cut[t][:, None]
-        total[t] += np.where(above, magnitude, 0).sum(axis=(0, 2), dtype=np.float64)
-        kept[t] += above.sum(axis=(0, 2))
-    return total / np.maximum(kept, 1)

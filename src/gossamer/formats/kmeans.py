@@ -69,7 +69,7 @@ class KMeans:
         shift = np.uint32(32 - BUCKET_BITS)
         count, total = np.zeros(1 << BUCKET_BITS), np.zeros(1 << BUCKET_BITS)
         for r0 in range(0, source.shape[0], ROWS_PER_STEP):
-            w = source.read(r0, min(source.shape[0], r0 + ROWS_PER_STEP)).ravel()
+            w = source.read(r0, min(source.shape[0], r0 + ROWS_PER_STEP)).ravel() + np.float32(0)  # one zero
             bucket = (w.view(np.uint32) >> shift).astype(np.int64)
             count += np.bincount(bucket, minlength=len(count))
             total += np.bincount(bucket, w, minlength=len(total))
@@ -137,7 +137,7 @@ def cluster(points: F64, weights: F64, k: int) -> F32:
     largest repeated. Else sum weight * (point - nearest)^2 is at a local optimum near the global one.
     """
     n = len(points)
-    single = points.astype(np.float32)
+    single = points.astype(np.float32) + np.float32(0)  # minus zero is zero
     new = np.concatenate([np.ones((n, 1), np.bool_), single[:, 1:] != single[:, :-1]], axis=1)
     few = new.sum(axis=1) <= k
     table = np.empty((n, k), np.float32)

@@ -74,4 +74,5 @@ def store_power_of_two(s: F64, largest: float, mean: bool) -> npt.NDArray[np.uin
     else:
         # In float32 the quotient times its divisor is absmax again.
         power = np.frexp((s * largest).astype(np.float32))[1] - int(exponent)
-    return np.where(s == 0, 0, np.clip(power + 127, 0, 254)).astype(np.uint8)
+    # The largest value times the scale is below 2^128.
+    return np.where(s == 0, 0, np.clip(power + 127, 0, 255 - max(1, int(exponent)))).astype(np.uint8)
