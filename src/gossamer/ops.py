@@ -29,9 +29,12 @@ except ImportError as error:  # pragma: no branch
     ) from error
 
 __all__ = [
+    "Input",
     "Kernel",
+    "Mask",
     "Program",
     "Scales",
+    "Site",
     "Weight",
     "add",
     "angles",
@@ -54,7 +57,6 @@ __all__ = [
     "probe_release",
     "read_bandwidth",
     "record",
-    "refuse",
     "rmsnorm",
     "rope",
     "sample",
@@ -68,6 +70,9 @@ F32: TypeAlias = npt.NDArray[np.float32]
 I32: TypeAlias = npt.NDArray[np.int32]
 Weight: TypeAlias = _kernels.Weight
 Program: TypeAlias = _kernels.Program
+Input: TypeAlias = _kernels.Input
+Mask: TypeAlias = _kernels.Mask
+Site: TypeAlias = _kernels.Site
 
 
 @dataclass(frozen=True)
@@ -107,30 +112,42 @@ class Kernel:
     mins: Scales | None = None
 
 
-def make_weight(kernel: Kernel, rows: int, cols: int, bias: F32 | None = None) -> Weight:
+def make_weight(kernel: Kernel, rows: int, cols: int) -> Weight:
     """A weight that keeps its arrays alive; raises ValueError when their sizes do not fit the shape."""
 
     def raw(a: npt.NDArray[Any] | None) -> npt.NDArray[np.uint8] | None:
         return None if a is None else a.view(np.uint8)
 
-    return _kernels.Weight(
-        kernel.code,
-        rows,
-        cols,
-        kernel.codes.view(np.uint8),
-        raw(kernel.high),
-        kernel.scale,
-        raw(kernel.scales),
-        kernel.offset,
-        raw(kernel.offsets),
-        kernel.group,
-        None if bias is None else np.ascontiguousarray(bias, np.float32),
-    )
+    arrays: dict[str, Any] = {name: raw(getattr(kernel, name)) for name in ("values", "q8", "q4", "q2", "q1", "zeros")}
+    arrays |= {"step": kernel.step, "zero": kernel.zero, "group": kernel.group, "tile_rows": kernel.tile_rows}
+    arrays |= {"zero_bits": kernel.zero_bits, "table_per_row": int(kernel.table_per_row)}
+    if kernel.table is not None:
+        arrays["table"] = np.ascontiguousarray(kernel.table, np.float32).ravel()
+    groups = -(-cols // kernel.group) if kernel.group else 1
+    for name, kind, scales in (("scales", "scale", kernel.scales), ("mins", "min", kernel.mins)):
+        if scales is not None:
+            arrays |= {kind: scales.kind, name: raw(scales.values)}
+            if scales.nested is not None:
+                arrays[f"{name}_nested"] = make_weight(scales.nested, -(-rows // kernel.tile_rows), groups)
+    return Weight(kernel.code, rows, cols, arrays)
 
 
-def refuse(weight: Weight, input: str) -> str | None:
-    """Why the kernels cannot run this weight with this input format, or None."""
-    return weight.refuse(input)
+def linear(
+    x: F32,
+    sites: list[Site],
+    outs: list[F32],
+    extras: list[list[F32]] | None = None,
+    gain: F32 | None = None,
+    eps: float = 0.0,
+    epilogue: str = "store",
+) -> None:
+    """outs[i] = x W_i^T + b_i for sites that share their input x float32 [tokens, cols].
+
+    With ``gain`` [cols], x is normalised first (``rmsnorm``). ``epilogue``: "store"; "add" adds to what ``outs`` hold;
+    "silu", "gelu" or "gelu_tanh" with two sites and one output gives act(first) * second. ``extras[i]`` are the further
+    inputs [tokens, n] that parts of site i read.
+    """
+    _kernels.linear(x, sites, outs, extras or [], gain, eps, epilogue)
 
 
 def set_threads(n: int) -> None:
@@ -174,7 +191,6 @@ def record(capacity: int) -> Iterator[Program]:
 isa = _kernels.isa
 isa_supported = _kernels.isa_supported
 threads = _kernels.threads
-linear = _kernels.linear
 decode_rows = _kernels.decode_rows
 embed = _kernels.embed
 angles = _kernels.angles

@@ -103,6 +103,11 @@ class Planes(Composite):
             layout.pack_codes(self._codes(arrays, cols, p, stop, k)[:n], k, fill, packed, p * PANEL)
         return packed
 
+    def merge(self, arrays: Arrays, rows: int, cols: int) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of the inner format: the same codes with their bits together."""
+        packed = self._packed(arrays, rows, cols, 0, layout.panels(rows), self.bits)
+        return {**{n: a for n, a in arrays.items() if n not in self._names()}, **packed}
+
     def decode_rows(self, arrays: Arrays, rows: int, cols: int, r0: int, r1: int) -> F32:
         packed = self._packed(arrays, rows, cols, r0 // PANEL, layout.panels(r1), self.bits)
         return self.inner.decode_rows({**arrays, **packed}, rows, cols, r0, r1)

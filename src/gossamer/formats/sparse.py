@@ -81,6 +81,11 @@ class Mask(Composite):
         return str(weight_of(self.inner))
 
     @property
+    def stored(self) -> str:
+        """The number its values are stored as: f32, f16, bf16 or int8."""
+        return self._number.partition("/")[0]
+
+    @property
     def parts(self) -> tuple[tuple[str, Branch], ...]:
         return (("0", self.inner),)
 

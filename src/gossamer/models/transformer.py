@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from gossamer import ops
 from gossamer.errors import UsageError
-from gossamer.formats.dispatch import Runner, linear
+from gossamer.formats.dispatch import Norm, Runner, linear
 from gossamer.models.config import Config, Rope
 
 __all__ = ["HEAD_ROWS", "MAX_TOKENS", "Buffers", "KVLayer", "KVStore", "KVView", "Transformer"]
@@ -87,23 +87,17 @@ def _parts(memory: F32, rows: int, widths: tuple[int, ...]) -> Iterator[F32]:
 
 
 @dataclass(frozen=True)
-class _Norm:
-    gain: F32
-    eps: float
-
-
-@dataclass(frozen=True)
 class _Layer:
     qkv: list[Runner]
     o: Runner
     gate_up: list[Runner]
     down: Runner
-    attn_norm: _Norm
-    mlp_norm: _Norm
-    attn_post: _Norm | None
-    mlp_post: _Norm | None
-    q_norm: _Norm | None
-    k_norm: _Norm | None
+    attn_norm: Norm
+    mlp_norm: Norm
+    attn_post: Norm | None
+    mlp_post: Norm | None
+    q_norm: Norm | None
+    k_norm: Norm | None
 
 
 class Transformer:
@@ -119,7 +113,7 @@ class Transformer:
         self.head = self.embedding if c.tied else runners["lm_head"]
         self._frequencies: dict[Rope, F32] = {r: r.inverse_frequencies(c.head_dim) for r in set(c.ropes)}
         self._layers = [self._layer(i) for i in range(c.layers)]
-        self._final = _Norm(vectors["model.norm"], c.norm_eps)
+        self._final = Norm(vectors["model.norm"], c.norm_eps)
         self._buffers: Buffers | None = None
         self._steps: WeakKeyDictionary[KVStore, ops.Program] = WeakKeyDictionary()
         self._head: _Head | None = None
@@ -129,8 +123,8 @@ class Transformer:
         attention, mlp = f"{base}.self_attn", f"{base}.mlp"
         c, r = self.config, self.runners
 
-        def norm(name: str, present: bool = True) -> _Norm | None:
-            return _Norm(self.vectors[name], c.norm_eps) if present else None
+        def norm(name: str, present: bool = True) -> Norm | None:
+            return Norm(self.vectors[name], c.norm_eps) if present else None
 
         after, before = f"{base}.post_attention_layernorm", f"{base}.pre_feedforward_layernorm"
         return _Layer(
@@ -138,8 +132,8 @@ class Transformer:
             o=r[f"{attention}.o_proj"],
             gate_up=[r[f"{mlp}.gate_proj"], r[f"{mlp}.up_proj"]],
             down=r[f"{mlp}.down_proj"],
-            attn_norm=_Norm(self.vectors[f"{base}.input_layernorm"], c.norm_eps),
-            mlp_norm=_Norm(self.vectors[before if c.post_norms else after], c.norm_eps),
+            attn_norm=Norm(self.vectors[f"{base}.input_layernorm"], c.norm_eps),
+            mlp_norm=Norm(self.vectors[before if c.post_norms else after], c.norm_eps),
             attn_post=norm(after, c.post_norms),
             mlp_post=norm(f"{base}.post_feedforward_layernorm", c.post_norms),
             q_norm=norm(f"{attention}.q_norm", c.qk_norm),
@@ -157,10 +151,10 @@ class Transformer:
         for rope, frequencies in self._frequencies.items():
             ops.angles(b.positions, frequencies, b.cos[rope], b.sin[rope])
         for i, layer in enumerate(self._layers):
-            _normed_linear(b.h, layer.attn_norm, layer.qkv, [b.q, b.k, b.v], b.x)
+            linear(layer.qkv, b.h, [b.q, b.k, b.v], layer.attn_norm)
             self._attend(i, layer, b, store)
             _linear_add(b.a, layer.o, layer.attn_post, b.h, b.x)
-            _gated_linear(b.h, layer.mlp_norm, layer.gate_up, c.activation, b.gate, b.up, b.x)
+            _gated_linear(b.h, layer.mlp_norm, layer.gate_up, c.activation, b.gate, b.up)
             _linear_add(b.gate, layer.down, layer.mlp_post, b.h, b.x)
 
     def _attend(self, i: int, layer: _Layer, b: Buffers, store: KVStore) -> None:
@@ -227,10 +221,10 @@ class _Head:
 
     def __init__(self, model: Transformer) -> None:
         c = model.config
-        self.hidden, self.x = (np.empty((HEAD_ROWS, c.hidden), np.float32) for _ in range(2))
+        self.hidden = np.empty((HEAD_ROWS, c.hidden), np.float32)
         self.logits = np.empty((HEAD_ROWS, c.vocab), np.float32)
         with ops.record(HEAD_ROWS) as self.program:
-            _normed_linear(self.hidden, model._final, [model.head], [self.logits], self.x)
+            linear([model.head], self.hidden, [self.logits], model._final)
 
     def run(self, hidden: F32) -> F32:
         n = len(hidden)
@@ -239,29 +233,28 @@ class _Head:
         return self.logits[:n]
 
 
-# ---------------------------------------------------------------- what a layer is made of; x is memory to work in
+# ---------------------------------------------------------------- what a layer is made of
 
 
-def _normed_linear(h: F32, norm: _Norm, sites: list[Runner], outs: list[F32], x: F32) -> None:
-    """outs[i] = norm(h) W_i^T + b_i."""
-    ops.rmsnorm(h, norm.gain, norm.eps, x)
-    linear(sites, x, outs)
-
-
-def _gated_linear(h: F32, norm: _Norm, sites: list[Runner], activation: str, gate: F32, up: F32, x: F32) -> None:
+def _gated_linear(h: F32, norm: Norm, sites: list[Runner], activation: str, gate: F32, up: F32) -> None:
     """gate = act(gate site of norm(h)) * (up site of norm(h))."""
-    _normed_linear(h, norm, sites, [gate, up], x)
-    ops.gated(activation, gate, up, gate)
+    if all(site.whole for site in sites):
+        linear(sites, h, [gate], norm, activation)
+    else:
+        linear(sites, h, [gate, up], norm)
+        ops.gated(activation, gate, up, gate)
 
 
-def _linear_add(y: F32, site: Runner, post: _Norm | None, h: F32, x: F32) -> None:
-    """h += y W^T + b, normalised first where the family does that."""
-    linear([site], y, [x])
+def _linear_add(y: F32, site: Runner, post: Norm | None, h: F32, x: F32) -> None:
+    """h += y W^T + b, normalised first where the family does that; x is memory to work in."""
     if post:
+        linear([site], y, [x])
         ops.rmsnorm(x, post.gain, post.eps, x)
-    ops.add(h, x)
+        ops.add(h, x)
+    else:
+        linear([site], y, [h], epilogue="add")
 
 
-def _norm_heads(x: F32, norm: _Norm) -> None:
+def _norm_heads(x: F32, norm: Norm) -> None:
     heads = x.reshape(-1, len(norm.gain))
     ops.rmsnorm(heads, norm.gain, norm.eps, heads)
