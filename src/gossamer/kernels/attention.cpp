@@ -165,7 +165,7 @@ struct Scaling {
 // low..high-1 of codes are filled.
 template <KvType K>
 void softmax_row(const Attention& a, Scratch& scratch, int r, int begin, int end, int low, int high, const Keys& keys,
-                 float& top, float& sum_of) {
+                 int rows, float& top, float& sum_of) {
   float* const s = scratch.scores + r * kSegment;
   const int first = begin / 16, last = (end + 15) / 16;
   const f32x16 none = set1(-kInf);
@@ -185,8 +185,12 @@ void softmax_row(const Attention& a, Scratch& scratch, int r, int begin, int end
   top = max(most);
   // A row whose scores are all -infinity keeps a finite reference, so that it weighs nothing instead of NaN.
   const f32x16 reference = set1(top < -kLargest ? -kLargest : top);
+  // This row's share of the keys of the next segment: where a softmax takes long, memory would idle.
+  const int64_t slice = kCodes<K> || K == KvType::bf16 ? 16 / kPack<K> * a.pool.dim * kUnit<K> : 0;
+  const int64_t ahead_begin = slice * r / rows & ~63, ahead_end = slice * (r + 1) / rows & ~63;
   f32x16 total = zero(), heaviest = zero(), poison = zero(), offset = zero();
   for (int v = first; v < last; ++v) {
+    for (int64_t i = ahead_begin; i < ahead_end; i += 64) fetch(keys.next[v] + i);
     f32x16 e = exp_weight(load(s + v * 16) - reference);
     total = total + e;
     if constexpr (kCodes<K>) {
@@ -210,19 +214,22 @@ void softmax_row(const Attention& a, Scratch& scratch, int r, int begin, int end
   sum_of = sum(total);
   if constexpr (kCodes<K>) {
     Weights& w = scratch.weights;
-    const float peak = max(heaviest) + sum(poison), inverse = kPlanes / peak;
+    const bool sound = mask_at_least(poison, zero()) == 0xFFFF;
+    const float peak = sound ? max(heaviest) : std::numeric_limits<float>::quiet_NaN(), inverse = kPlanes / peak;
     const bool nothing = !(inverse <= kLargest);
     i32x16 high_sum = set1(int32_t{0}), low_sum = high_sum;
     for (int v = low; v < high; ++v) {
       const bool seen = v >= first && v < last && !nothing;
       const Planes p = planes(seen ? to_int(load(s + v * 16) * set1(inverse)) : set1(int32_t{0}));
-      high_sum = high_sum + p.high;
-      low_sum = low_sum + p.low;
+      if constexpr (kZero<K> != 0) {
+        high_sum = high_sum + p.high;
+        low_sum = low_sum + p.low;
+      }
       store_bytes(w.high + r * kSegment + v * 16, p.high);
       store_bytes(w.low + r * kSegment + v * 16, p.low);
     }
-    w.start_high[r] = -kZero<K> * sum(high_sum);
-    w.start_low[r] = -kZero<K> * sum(low_sum);
+    w.start_high[r] = kZero<K> ? -kZero<K> * sum(high_sum) : 0;
+    w.start_low[r] = kZero<K> ? -kZero<K> * sum(low_sum) : 0;
     w.scale[r] = nothing && peak == peak ? 0.0f : peak / kPlanes;
     w.offset[r] = K == KvType::uint4 ? sum(offset) : 0.0f;
   }
@@ -237,7 +244,7 @@ void weigh(const Scratch& s, int row, const Keys& keys, int64_t dim, int begin, 
     constexpr bool T = decltype(tail)::value;
     const int lanes = T ? static_cast<int>(dim - c) : 16;
     if constexpr (kCodes<K>) {
-      weigh_codes<K, R, V, T>(s.weights, row, keys.v, keys.next, c * 4, dim, begin, end, out + c, s.width, lanes);
+      weigh_codes<K, R, V, T>(s.weights, row, keys.v, c * 4, dim, begin, end, out + c, s.width, lanes);
     } else {
       weigh_tile<K, R, V, Edge, T>(s.weights, row, keys.v, keys.next, c * kUnit<K>, dim, begin, end, out + c, s.width,
                                    lanes);
@@ -317,7 +324,7 @@ void segment(const Attention& a, const Rows& rows, Scratch& s, int64_t index, in
       }
       continue;
     }
-    softmax_row<K>(a, s, r, begin[r], end[r], first, stop, keys, state.top[r], state.sum[r]);
+    softmax_row<K>(a, s, r, begin[r], end[r], first, stop, keys, rows.n, state.top[r], state.sum[r]);
     if constexpr (!kCodes<K>)
       for (int64_t c = 0; c < width; c += 16) store(state.out + r * width + c, zero());
   }
@@ -352,8 +359,20 @@ void segment(const Attention& a, const Rows& rows, Scratch& s, int64_t index, in
   }
 }
 
-// Adds the state of a later segment, row by row.
+// Adds the state of a later segment, row by row. The exponentials of all rows are taken at once.
 void merge(State into, State from, int rows, int64_t width) {
+  static_assert(2 * kTileRows <= 16);
+  float factors[16] = {}, tops[kTileRows];
+  for (int r = 0; r < rows; ++r) {
+    const bool old = !(into.sum[r] < 0.0f), fresh = !(from.sum[r] < 0.0f);
+    float top = old ? into.top[r] : -kLargest;
+    if (fresh && (!old || from.top[r] > top)) top = from.top[r];
+    if (top < -kLargest) top = -kLargest;
+    factors[r] = old ? into.top[r] - top : 0.0f;
+    factors[kTileRows + r] = fresh ? from.top[r] - top : 0.0f;
+    tops[r] = top;
+  }
+  store(factors, exp(load(factors)));
   for (int r = 0; r < rows; ++r) {
     if (from.sum[r] < 0.0f) continue;
     float *a = into.out + r * width, *b = from.out + r * width;
@@ -363,14 +382,10 @@ void merge(State into, State from, int rows, int64_t width) {
       for (int64_t c = 0; c < width; c += 16) store(a + c, load(b + c));
       continue;
     }
-    float top = from.top[r] > into.top[r] ? from.top[r] : into.top[r];
-    if (top < -kLargest) top = -kLargest;
-    float factors[16] = {into.top[r] - top, from.top[r] - top};
-    store(factors, exp(load(factors)));
-    const f32x16 keep = set1(factors[0]), take = set1(factors[1]);
-    into.top[r] = top;
-    into.sum[r] = into.sum[r] * factors[0] + from.sum[r] * factors[1];
-    for (int64_t c = 0; c < width; c += 16) store(a + c, fma(take, load(b + c), keep * load(a + c)));
+    const float keep = factors[r], take = factors[kTileRows + r];
+    into.top[r] = tops[r];
+    into.sum[r] = into.sum[r] * keep + from.sum[r] * take;
+    for (int64_t c = 0; c < width; c += 16) store(a + c, fma(set1(take), load(b + c), set1(keep) * load(a + c)));
   }
 }
 

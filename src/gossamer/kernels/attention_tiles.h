@@ -197,8 +197,8 @@ void weigh_tile(const Weights& weights, int row, const uint8_t* const* values, c
 // The same over codes, whose integer sums are set, not added to: out is a segment's own. begin and end are multiples
 // of 16, since a weight of zero drops whatever a code is.
 template <KvType K, int R, int W, bool Tail>
-void weigh_codes(const Weights& weights, int row, const uint8_t* const* values, const uint8_t* const* ahead, int64_t at,
-                 int64_t dim, int begin, int end, float* out, int64_t out_stride, int lanes = 16) {
+void weigh_codes(const Weights& weights, int row, const uint8_t* const* values, int64_t at, int64_t dim, int begin, int end,
+                 float* out, int64_t out_stride, int lanes = 16) {
   i32x16 high[R][W], low[R][W];
   GSM_UNROLL for (int r = 0; r < R; ++r) {
     GSM_UNROLL for (int w = 0; w < W; ++w) {
@@ -221,10 +221,8 @@ void weigh_codes(const Weights& weights, int row, const uint8_t* const* values, 
     const int64_t from = at + j % 16 / kPack<K> * stride;
     const uint8_t* const value = values[j / 16] + from;
     u8x64 v[W];
-    GSM_UNROLL for (int w = 0; w < W; ++w) {
+    GSM_UNROLL for (int w = 0; w < W; ++w)
       v[w] = Tail ? load_codes_first(value, lanes) : load_codes(value + w * 64);
-      if constexpr (R <= 4) fetch(ahead[j / 16] + from + w * 64);
-    }
     if constexpr (K == KvType::int8) {
       multiply(v, j);
     } else {

@@ -23,12 +23,12 @@ MAX_TOKENS = 512  # tokens of one call; a longer prompt runs in chunks, with bit
 
 @dataclass(frozen=True)
 class KVLayer:
-    """One layer's pool: keys [blocks, kv_heads, head_dim, block], values [blocks, kv_heads, block, head_dim]."""
+    """One layer's pool, in the layout of kernels/attention.h: keys, values, and the scales of pools of codes."""
 
     k: npt.NDArray[Any]
     v: npt.NDArray[Any]
-    k_scale: F32 | None
-    v_scale: F32 | None
+    k_scale: npt.NDArray[Any] | None
+    v_scale: npt.NDArray[Any] | None
 
 
 class KVView(Protocol):
@@ -110,7 +110,7 @@ class Transformer:
         q = b["q"].reshape(n, c.heads, c.head_dim)
         k = b["k"].reshape(n, c.kv_heads, c.head_dim)
         v = b["v"].reshape(n, c.kv_heads, c.head_dim)
-        table = kv.block_table
+        tables, sequence = kv.block_table[None], np.zeros(n, np.int32)
         for i, layer in enumerate(self._layers):
             ops.rmsnorm(h, layer["attn_norm"], c.norm_eps, b["x"])
             linear(layer["qkv"], b["x"], [b["q"], b["k"], b["v"]])
@@ -121,11 +121,12 @@ class Transformer:
             ops.rope(q, cos, sin)
             ops.rope(k, cos, sin)
             pool = kv.layer(i)
-            ops.kv_write(k, v, positions, table, pool.k, pool.v, pool.k_scale, pool.v_scale)
+            ops.kv_write(k, v, positions, sequence, tables, pool.k, pool.v, pool.k_scale, pool.v_scale)
             ops.attention(
                 q,
                 positions,
-                table,
+                sequence,
+                tables,
                 pool.k,
                 pool.v,
                 pool.k_scale,
