@@ -17,7 +17,8 @@ _F64 = npt.NDArray[np.float64]
 _I32 = npt.NDArray[np.int32]
 _I8 = npt.NDArray[np.int8]
 _U8 = npt.NDArray[np.uint8]
-_Pool = npt.NDArray[Any]  # float32, float16, bfloat16 as uint16, or int8 with scales
+_Pool = npt.NDArray[Any]  # float32, float16, bfloat16 as uint16, or uint8 codes with scales
+_Scale = npt.NDArray[Any]
 
 class Weight:
     """A packed matrix and the arrays it reads, which it keeps alive: see kernels/linear.h for the layout."""
@@ -114,13 +115,21 @@ def kv_write(
     tables: _I32,
     K: _Pool,
     V: _Pool,
-    k_scale: _F32 | None,
-    v_scale: _F32 | None,
+    k_scale: _Scale | None,
+    v_scale: _Scale | None,
 ) -> None:
-    """(op) Stores k, v [M, kv_heads, d] at ``positions`` [M] of their sequences.
+    """(op) Stores k, v [M, kv_heads, d] (d at most 4096) at ``positions`` [M] of the sequences that ``sequence`` [M] names.
 
-    Row ``sequence`` [M] of ``tables`` [sequences, most blocks] lists the blocks of a token's sequence.
-    K [blocks, kv_heads, d, B], V [blocks, kv_heads, B, d]; int8 pools have scales [blocks, kv_heads, B].
+    ``tables`` [sequences, max_blocks] lists the blocks of each sequence: position p lies in block p // B, slot p % B,
+    with B a multiple of 16. A row is one position of one head. The pools, by the type of K (and of its scales):
+
+    - float32, float16: K [blocks, kv_heads, d, B], V [blocks, kv_heads, B, d];
+    - bfloat16 (uint16): K [blocks, kv_heads, ceil(d/2), B, 2], V [blocks, kv_heads, B/2, d, 2];
+    - int8 (uint8 code = q + 128, float32 scales [blocks, kv_heads, B]): value scale * (code - 128), scale max|x| / 127;
+      K [blocks, kv_heads, ceil(d/4), B, 4], V [blocks, kv_heads, B/4, d, 4];
+    - uint4 (uint8, float16 scales and minima [blocks, kv_heads, 2, B]): value scale * code + minimum, scale
+      (max - min) / 15, both rounded outwards; K [blocks, kv_heads, ceil(d/8), B, 4], V [blocks, kv_heads, B/8, d, 4];
+      of the eight codes in four bytes the low nibbles come first.
     """
 
 def attention(
@@ -130,19 +139,22 @@ def attention(
     tables: _I32,
     K: _Pool,
     V: _Pool,
-    k_scale: _F32 | None,
-    v_scale: _F32 | None,
+    k_scale: _Scale | None,
+    v_scale: _Scale | None,
     out: _F32,
     lse: _F32 | None,
     scale: float,
     window: int,
     softcap: float,
 ) -> None:
-    """(op) out [M, heads, d]: each query attends to the keys of its sequence at positions p - window < j <= p
-    (window 0: all).
+    """(op) out [M, heads, d]: each query attends to its sequence's stored keys at p - window < j <= p (window 0: all).
 
-    ``lse`` [M, heads] takes the natural log of the sum of exponentials, so that partial results can be merged.
-    Online softmax (Milakov & Gimelshein 2018), cut only at fixed absolute positions.
+    ``positions`` [M] holds p, or -1 for a query that sees nothing; ``sequence`` and ``tables`` as in ``kv_write``. A
+    call may mix sequences that bring many tokens with others that bring one; tokens of one sequence that lie next to
+    each other share the reading of its keys. ``lse`` [M, heads] takes the natural log of the sum of exponentials, so
+    that partial results can be merged. Online softmax (Milakov & Gimelshein 2018), cut only at fixed absolute
+    positions. Over bfloat16 pools queries and weights are rounded to bfloat16; over codes they are 16-bit integers per
+    row (and per 256 positions), and the sums are exact.
     """
 
 def fwht(x: _F32, block: int, signs: _F32 | None = None, transpose: bool = False) -> None:

@@ -1,13 +1,14 @@
 """The store of keys and values: one pool of blocks per layer, and the blocks that each sequence uses.
 
-A block holds 32 tokens of every layer. Keys lie transposed inside a block so that 32 keys are multiplied at once.
-KV pages take format expressions: ``f32``, ``f16`` (the default), ``bf16``, or ``int8/row`` (a scale per token and
-head).
+A block holds 32 tokens of every layer, in the layout of kernels/attention.h: keys transposed inside a block so that
+16 or 32 keys are multiplied at once. KV pages take format expressions: ``f32``, ``f16`` (the default), ``bf16``,
+``int8/row`` or ``uint4/row``, where a row is one token's key or value of one head.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,49 @@ from gossamer.errors import FormatError, ResourceError
 from gossamer.models.config import Config
 from gossamer.models.transformer import KVLayer
 
-__all__ = ["BLOCK", "KV_FORMATS", "SEQUENCES", "KVPool", "Sequence", "kv_bytes"]
+__all__ = ["BLOCK", "KV_FORMATS", "SEQUENCES", "KVFormat", "KVPool", "Sequence", "kv_bytes"]
 
 BLOCK = 32
 SEQUENCES = 64  # sequences in one pool, unless it is made for more
-KV_FORMATS: dict[str, np.dtype[Any]] = {
-    "f32": np.dtype("<f4"),
-    "f16": np.dtype("<f2"),
-    "bf16": np.dtype("<u2"),
-    "int8/row": np.dtype("i1"),
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """How keys and values are stored.
+
+    A unit of ``unit`` elements of ``dtype`` holds ``pack`` consecutive dimensions of a key, or positions of a value.
+    ``scales``: what else a row has, by dtype and count: a float32 scale (int8/row: value = scale * (code - 128), scale
+    max|x| / 127), or a float16 scale and minimum (uint4/row: value = scale * code + minimum, scale (max - min) / 15,
+    both rounded outwards so that nothing is clipped).
+    """
+
+    dtype: np.dtype[Any]
+    pack: int = 1
+    unit: int = 1
+    scales: tuple[np.dtype[Any], int] | None = None
+
+    def shapes(self, blocks: int, heads: int, dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the keys and of the values of a layer."""
+        unit = (self.unit,) if self.unit > 1 else ()
+        return (blocks, heads, -(-dim // self.pack), BLOCK, *unit), (blocks, heads, BLOCK // self.pack, dim, *unit)
+
+    def scale_shape(self, blocks: int, heads: int) -> tuple[int, ...]:
+        count = self.scales[1] if self.scales else 0
+        return (blocks, heads, count, BLOCK) if count > 1 else (blocks, heads, BLOCK)
+
+    def bytes(self, blocks: int, heads: int, dim: int) -> int:
+        """Of the keys, values and scales of ``blocks`` blocks of one layer."""
+        elements = sum(int(np.prod(shape, dtype=object)) for shape in self.shapes(blocks, heads, dim))
+        scales = 2 * blocks * heads * BLOCK * self.scales[1] * self.scales[0].itemsize if self.scales else 0
+        return elements * self.dtype.itemsize + scales
+
+
+KV_FORMATS: dict[str, KVFormat] = {
+    "f32": KVFormat(np.dtype("<f4")),
+    "f16": KVFormat(np.dtype("<f2")),
+    "bf16": KVFormat(np.dtype("<u2"), pack=2, unit=2),
+    "int8/row": KVFormat(np.dtype("u1"), pack=4, unit=4, scales=(np.dtype("<f4"), 1)),
+    "uint4/row": KVFormat(np.dtype("u1"), pack=8, unit=4, scales=(np.dtype("<f2"), 2)),
 }
 
 
@@ -37,10 +72,9 @@ def kv_format(text: str) -> str:
 
 
 def kv_bytes(config: Config, tokens: int, fmt: str = "f16") -> int:
-    """Bytes that the keys and values of ``tokens`` tokens take, whole blocks, scales counted."""
+    """Bytes that the keys and values of ``tokens`` tokens take, whole blocks, scales and padding counted."""
     blocks = (tokens + BLOCK - 1) // BLOCK
-    per_head = BLOCK * (config.head_dim * KV_FORMATS[kv_format(fmt)].itemsize + (4 if fmt == "int8/row" else 0))
-    return 2 * config.layers * blocks * config.kv_heads * per_head
+    return config.layers * KV_FORMATS[kv_format(fmt)].bytes(blocks, config.kv_heads, config.head_dim)
 
 
 class KVPool:
@@ -52,11 +86,10 @@ class KVPool:
 
     def __init__(self, config: Config, tokens: int, fmt: str = "f16", sequences: int = SEQUENCES) -> None:
         self.format = kv_format(fmt)
-        dtype = KV_FORMATS[self.format]
         self.blocks = max(1, (tokens + BLOCK - 1) // BLOCK)
         heads, d = config.kv_heads, config.head_dim
         try:
-            self._layers = [self._layer(dtype, heads, d) for _ in range(config.layers)]
+            self._layers = [self._layer(heads, d) for _ in range(config.layers)]
         except MemoryError:
             need = kv_bytes(config, tokens, self.format) / 1e6
             raise ResourceError(
@@ -67,15 +100,14 @@ class KVPool:
         self.tables = np.full((min(sequences, self.blocks), self.blocks), -1, np.int32)
         self._rows = list(range(len(self.tables) - 1, -1, -1))
 
-    def _layer(self, dtype: np.dtype[Any], heads: int, d: int) -> KVLayer:
+    def _layer(self, heads: int, d: int) -> KVLayer:
         # np.zeros takes pages from the system only when they are written.
-        scales = self.format == "int8/row"
-        return KVLayer(
-            np.zeros((self.blocks, heads, d, BLOCK), dtype),
-            np.zeros((self.blocks, heads, BLOCK, d), dtype),
-            np.zeros((self.blocks, heads, BLOCK), np.float32) if scales else None,
-            np.zeros((self.blocks, heads, BLOCK), np.float32) if scales else None,
-        )
+        fmt = KV_FORMATS[self.format]
+        k, v = (np.zeros(shape, fmt.dtype) for shape in fmt.shapes(self.blocks, heads, d))
+        if fmt.scales is None:
+            return KVLayer(k, v, None, None)
+        shape, dtype = fmt.scale_shape(self.blocks, heads), fmt.scales[0]
+        return KVLayer(k, v, np.zeros(shape, dtype), np.zeros(shape, dtype))
 
     def layer(self, index: int) -> KVLayer:
         return self._layers[index]

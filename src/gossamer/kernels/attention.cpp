@@ -1,42 +1,26 @@
-// How the sums are cut. Scores of a key are one chain of fused multiply-adds over the dimensions; keys are weighed
-// in ascending order; both depend on nothing but the row. A softmax runs over a segment of kSegment absolute positions
-// and the segments of a row are merged in ascending order. So a row's bits do not depend on the other rows of the call,
-// on the chunking of the prompt, on the number of threads or on the block size. Lanes of invisible keys are computed
-// and dropped; invisible values are never multiplied, since a slot that was never written may hold NaN.
+// How the sums are cut. A score is one chain of multiply-adds over the dimensions and a row's keys are weighed in
+// ascending order; a softmax runs over a segment of kSegment absolute positions and the segments of a row are merged in
+// ascending order. So a row's bits do not depend on the other rows of the call, on the chunking of the prompt, on the
+// number of threads or on the block size. Lanes of invisible keys are computed and dropped; invisible float values are
+// never multiplied, since a slot that was never written may hold NaN.
 #include "attention.h"
 
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <type_traits>
 
+#include "attention_plan.h"
+#include "attention_tiles.h"
 #include "simd.h"
-#include "team.h"
 
 namespace gsm::GSM_LEVEL {
 namespace {
 
-constexpr int kSegment = 256;
-constexpr int kVectors = kSegment / 16;
-constexpr int64_t kMostPartFloats = 1 << 24;  // bounds the memory of a call whose segments are shared out
 constexpr float kInf = std::numeric_limits<float>::infinity();
-
-// Register tiles: `kRows` query rows (heads of a group and neighbouring tokens) against tile_width(rows) vectors.
-#if defined(__AVX512F__)
-constexpr int kRows = 8;
-constexpr int tile_width(int rows) { return rows <= 4 ? 4 : 2; }
-#elif defined(__AVX2__)
-constexpr int kRows = 6;
-constexpr int tile_width(int rows) { return rows <= 2 ? 2 : 1; }
-#else
-constexpr int kRows = 4;
-constexpr int tile_width(int) { return 1; }
-#endif
-
-#define GSM_UNROLL _Pragma("GCC unroll 16")
+constexpr float kLargest = std::numeric_limits<float>::max();
 
 // Calls fn with the row count as a compile-time constant.
-template <int R = kRows, class Fn>
+template <int R, class Fn>
 inline void with_rows(int rows, const Fn& fn) {
   if constexpr (R > 1) {
     if (rows < R) return with_rows<R - 1>(rows, fn);
@@ -46,12 +30,23 @@ inline void with_rows(int rows, const Fn& fn) {
 
 int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
 
-// The queries that one pass handles: `rows` consecutive (token, head of the group) pairs of one key-value head.
+// The rows of a tile.
 struct Rows {
   int n;
   int64_t kv_head;
-  int64_t index[kRows];  // row of q and out
-  int64_t position[kRows];
+  const int32_t* table;
+  int64_t index[kTileRows];  // row of q and out
+  int64_t position[kTileRows];
+
+  Rows(const Attention& a, int64_t head, const Tile& tile)
+      : n(tile.rows), kv_head(head), table(a.tables + a.sequence[tile.token] * a.max_blocks) {
+    const int64_t group = a.heads / a.pool.heads;
+    for (int r = 0; r < n; ++r) {
+      const int64_t row = tile.row + r, token = tile.token + row / group;
+      index[r] = token * a.heads + head * group + row % group;
+      position[r] = a.positions[token];
+    }
+  }
 };
 
 // Softmax state of the rows over a set of keys. `sum` is negative while no key was visible.
@@ -61,131 +56,215 @@ struct State {
   float* out;  // [row][padded dim], not yet divided by the sum
 };
 
-Rows rows_of(const Attention& a, int64_t kv_head, int64_t tile) {
-  const int64_t group = a.heads / a.pool.heads, count = a.tokens * group;
-  Rows r;
-  r.n = static_cast<int>(count - tile * kRows < kRows ? count - tile * kRows : kRows);
-  r.kv_head = kv_head;
-  for (int i = 0; i < r.n; ++i) {
-    const int64_t row = tile * kRows + i, token = row / group;
-    r.index[i] = token * a.heads + kv_head * group + row % group;
-    r.position[i] = a.positions[token];
-  }
-  return r;
+int64_t state_floats(int64_t width) { return kTileRows * (width + 2); }
+
+State state_at(float* memory, int64_t width) {
+  return {memory + kTileRows * width, memory + kTileRows * (width + 1), memory};
 }
 
-// scores[r][v] = q_r . key over 16 keys a vector; q is [dim][kRows] with the softmax scale folded in. With few rows
-// memory sets the pace, so the values of the same keys (16 * dim elements a vector) are fetched meanwhile.
-template <class T, int R, int W>
-void score_tile(const float* q, int64_t dim, const T* const* keys, const T* const* values, int64_t stride,
-                float* scores) {
-  f32x16 acc[R][W];
-  GSM_UNROLL for (int r = 0; r < R; ++r) {
-    GSM_UNROLL for (int w = 0; w < W; ++w) acc[r][w] = zero();
-  }
-  const T* at[W];
-  GSM_UNROLL for (int w = 0; w < W; ++w) at[w] = keys[w];
-  for (int64_t c = 0; c < dim; ++c, q += kRows) {
-    f32x16 k[W];
-    GSM_UNROLL for (int w = 0; w < W; ++w) {
-      k[w] = load(at[w]);
-      at[w] += stride;
-      if (R <= 4) __builtin_prefetch(values[w] + c * 16, 0, 2);
-    }
-    GSM_UNROLL for (int r = 0; r < R; ++r) {
-      const f32x16 x = set1(q[r]);
-      GSM_UNROLL for (int w = 0; w < W; ++w) acc[r][w] = fma(x, k[w], acc[r][w]);
-    }
-  }
-  GSM_UNROLL for (int r = 0; r < R; ++r) {
-    GSM_UNROLL for (int w = 0; w < W; ++w) store(scores + r * kSegment + w * 16, acc[r][w]);
-  }
-}
+// The working memory of one thread: see attention_scratch.
+struct Scratch {
+  Queries queries;
+  float* scores;
+  Weights weights;
+  State part, whole;
+  float* parts;
+  int64_t width;
 
-// out[r] += sum over keys begin..end-1 of the segment of weight[r][key] * value[key], for W vectors of dimensions.
-// Tail: the last, incomplete vector of `lane` dimensions (W is 1 then).
-template <class T, int R, int W, bool Tail = false>
-void weigh_tile(const float* weights, const T* const* values, int64_t dim, int begin, int end, float* out,
-                int64_t out_stride, int lane = 16) {
-  f32x16 acc[R][W];
-  GSM_UNROLL for (int r = 0; r < R; ++r) {
-    GSM_UNROLL for (int w = 0; w < W; ++w) acc[r][w] = load(out + r * out_stride + w * 16);
+  Scratch(float* at, int64_t dim) : width(padded(dim)) {
+    scores = at;
+    weights.floats = scores;
+    at += kTileRows * kSegment;
+    weights.halves = reinterpret_cast<uint16_t*>(at);
+    weights.high = reinterpret_cast<int8_t*>(at);
+    weights.low = weights.high + kTileRows * kSegment;
+    at += kTileRows * kSegment / 2;
+    queries.data = at;
+    at += kTileRows * width * 2;
+    part = state_at(at, width);
+    whole = state_at(at + state_floats(width), width);
+    parts = at + 2 * state_floats(width);
   }
-  for (int j = begin; j < end;) {
-    const int stop = (j / 16 + 1) * 16 < end ? (j / 16 + 1) * 16 : end;
-    const T* value = values[j / 16] + (j % 16) * dim;
-    for (; j < stop; ++j, value += dim) {
-      f32x16 v[W];
-      GSM_UNROLL for (int w = 0; w < W; ++w) v[w] = Tail ? load_first(value, lane) : load(value + w * 16);
-      GSM_UNROLL for (int r = 0; r < R; ++r) {
-        const f32x16 x = set1(weights[r * kSegment + j]);
-        GSM_UNROLL for (int w = 0; w < W; ++w) acc[r][w] = fma(x, v[w], acc[r][w]);
-      }
-    }
-  }
-  GSM_UNROLL for (int r = 0; r < R; ++r) {
-    GSM_UNROLL for (int w = 0; w < W; ++w) store(out + r * out_stride + w * 16, acc[r][w]);
-  }
-}
 
-template <class T, int R>
-void weigh(const float* weights, const T* const* values, int64_t dim, int begin, int end, float* out) {
-  constexpr int W = tile_width(R);
-  const int64_t stride = padded(dim);
-  const T* at[kVectors];
-  const auto shifted = [&](int64_t c) {
-    for (int v = begin / 16; v * 16 < end; ++v) at[v] = values[v] + c;
-    return at;
-  };
-  int64_t c = 0;
-  for (; c + W * 16 <= dim; c += W * 16) weigh_tile<T, R, W>(weights, shifted(c), dim, begin, end, out + c, stride);
-  for (; c + 16 <= dim; c += 16) weigh_tile<T, R, 1>(weights, shifted(c), dim, begin, end, out + c, stride);
-  if (c < dim)
-    weigh_tile<T, R, 1, true>(weights, shifted(c), dim, begin, end, out + c, stride, static_cast<int>(dim - c));
-}
-
-struct Scales {
-  const float *k, *v;  // of a vector of 16 keys; null unless int8
+  State stored(int64_t i) const { return state_at(parts + i * state_floats(width), width); }
+  int64_t plane() const { return kTileRows * width; }
 };
 
-// Scores of keys begin..end-1 of the segment become exp(score - top), times the value's scale where there is one.
-void softmax_row(float* s, int begin, int end, float softcap, const Scales* scales, float& top, float& sum) {
-  const int first = begin / 16, last = (end + 15) / 16;
-  if (scales || softcap > 0.0f) {
-    for (int v = first; v < last; ++v) {
-      f32x16 x = load(s + v * 16);
-      if (scales) x = x * load(scales[v].k);
-      if (softcap > 0.0f) x = set1(softcap) * tanh(x / set1(softcap));
-      store(s + v * 16, x);
+template <KvType K>
+void load_queries(const Attention& a, const Rows& rows, Scratch& s) {
+  const int64_t dim = a.pool.dim;
+  Queries& to = s.queries;
+  for (int r = 0; r < rows.n; ++r) {
+    const float* const from = a.q + rows.index[r] * dim;
+    if constexpr (K == KvType::f32 || K == KvType::f16) {
+      for (int64_t c = 0; c < dim; ++c) to.data[c * kTileRows + r] = from[c] * a.scale;
+    } else if constexpr (K == KvType::bf16) {
+      for (int64_t c = 0; c < dim; c += 2) {
+        const uint32_t even = to_bf16(from[c] * a.scale).bits;
+        const uint32_t pair = c + 1 < dim ? even | static_cast<uint32_t>(to_bf16(from[c + 1] * a.scale).bits) << 16 : even;
+        std::memcpy(to.data + c / 2 * kTileRows + r, &pair, 4);
+      }
+    } else {
+      f32x16 most = zero(), poison = zero();
+      const f32x16 scale = set1(a.scale);
+      for (int64_t c = 0; c < dim; c += 16) {
+        const f32x16 x = load_first(from + c, static_cast<int>(dim - c < 16 ? dim - c : 16)) * scale;
+        most = max(most, abs(x));
+        poison = poison + (x - x);  // 0, or NaN for infinity and NaN
+      }
+      const float peak = max(most) + sum(poison);
+      const float inverse = kPlanes / peak;
+      const bool none = !(inverse <= kLargest);  // zeros (or smaller than any float), or NaN
+      i32x16 high = set1(int32_t{0}), low = high;
+      for (int64_t c = 0; c < s.width; c += 16) {
+        const int lanes = static_cast<int>(dim - c < 16 ? dim - c : 16);
+        const f32x16 x = none ? zero() : load_first(from + c, lanes) * scale * set1(inverse);
+        const Planes p = planes(to_int(x));
+        high = high + p.high;
+        low = low + p.low;
+        int8_t bytes[2][16];
+        store_bytes(bytes[0], p.high);
+        store_bytes(bytes[1], p.low);
+        for (int i = 0; i < 4; ++i) {
+          std::memcpy(to.data + (c / 4 + i) * kTileRows + r, bytes[0] + 4 * i, 4);
+          std::memcpy(to.data + s.plane() + (c / 4 + i) * kTileRows + r, bytes[1] + 4 * i, 4);
+        }
+      }
+      const int32_t high_sum = sum(high), low_sum = sum(low);
+      to.scale[r] = none && peak == peak ? 0.0f : peak / kPlanes;
+      to.start_high[r] = -kZero<K> * high_sum;
+      to.start_low[r] = -kZero<K> * low_sum;
+      to.total[r] = (256.0f * static_cast<float>(high_sum) + static_cast<float>(low_sum)) * to.scale[r];
     }
   }
-  for (int j = first * 16; j < begin; ++j) s[j] = -kInf;
-  for (int j = end; j < last * 16; ++j) s[j] = -kInf;
-  f32x16 most = set1(-kInf);
-  for (int v = first; v < last; ++v) most = max(most, load(s + v * 16));
-  top = max(most);
-  // A row whose scores are all -infinity keeps a finite reference, so that it weighs nothing instead of NaN.
-  const f32x16 reference = set1(top < -std::numeric_limits<float>::max() ? -std::numeric_limits<float>::max() : top);
-  f32x16 total = zero();
-  for (int v = first; v < last; ++v) {
-    const f32x16 e = exp(load(s + v * 16) - reference);
-    total = total + e;
-    store(s + v * 16, scales ? e * load(scales[v].v) : e);
-  }
-  sum = gsm::GSM_LEVEL::sum(total);
 }
 
-// Attends to the keys of segment `index`; the state is overwritten.
-template <class T>
-void segment(const Attention& a, const Rows& rows, const float* q, int64_t index, float* scores, State state) {
-  const int64_t base = index * kSegment, dim = a.pool.dim, block = a.pool.block, width = padded(dim);
-  int begin[kRows], end[kRows], low = kSegment, high = 0, common_low = 0, common_high = kSegment;
+// The keys and values of a segment: of each vector of 16 keys.
+struct Keys {
+  const uint8_t *k[kVectors], *v[kVectors];
+  const uint8_t* next[kVectors];            // what to fetch while weighing: the keys of the next segment
+  const uint8_t *k_scale[kVectors], *v_scale[kVectors];
+};
+
+// One vector's scales and minima, where there are any.
+template <KvType K>
+struct Scaling {
+  f32x16 scale, min;
+  Scaling(const uint8_t* at, int64_t block) {
+    if constexpr (K == KvType::int8) {
+      scale = load_as<float>(at);
+      min = zero();
+    } else {
+      scale = load_as<f16>(at);
+      min = load_as<f16>(at + block * 2);
+    }
+  }
+};
+
+// Scores of keys begin..end-1 of the segment become exp(score - top), and what the weigh tiles take. Vectors
+// low..high-1 of codes are filled.
+template <KvType K>
+void softmax_row(const Attention& a, Scratch& scratch, int r, int begin, int end, int low, int high, const Keys& keys,
+                 int rows, float& top, float& sum_of) {
+  float* const s = scratch.scores + r * kSegment;
+  const int first = begin / 16, last = (end + 15) / 16;
+  const f32x16 none = set1(-kInf);
+  f32x16 most = none;
+  for (int v = first; v < last; ++v) {
+    f32x16 x = load(s + v * 16);
+    if constexpr (kCodes<K>) {
+      const Scaling<K> k(keys.k_scale[v], a.pool.block);
+      x = x * k.scale;
+      if constexpr (K == KvType::uint4) x = fma(set1(scratch.queries.total[r]), k.min, x);
+    }
+    if (a.softcap > 0.0f) x = set1(a.softcap) * tanh(x / set1(a.softcap));
+    if (v == first || v == last - 1) x = keep_between(x, begin - v * 16, end - v * 16, none);
+    most = max(most, x);
+    if (kCodes<K> || a.softcap > 0.0f || v == first || v == last - 1) store(s + v * 16, x);
+  }
+  top = max(most);
+  // A row whose scores are all -infinity keeps a finite reference, so that it weighs nothing instead of NaN.
+  const f32x16 reference = set1(top < -kLargest ? -kLargest : top);
+  // This row's share of the keys of the next segment: where a softmax takes long, memory would idle.
+  const int64_t slice = kCodes<K> || K == KvType::bf16 ? 16 / kPack<K> * a.pool.dim * kUnit<K> : 0;
+  const int64_t ahead_begin = slice * r / rows & ~63, ahead_end = slice * (r + 1) / rows & ~63;
+  f32x16 total = zero(), heaviest = zero(), poison = zero(), offset = zero();
+  for (int v = first; v < last; ++v) {
+    for (int64_t i = ahead_begin; i < ahead_end; i += 64) fetch(keys.next[v] + i);
+    f32x16 e = exp_weight(load(s + v * 16) - reference);
+    total = total + e;
+    if constexpr (kCodes<K>) {
+      const Scaling<K> value(keys.v_scale[v], a.pool.block);
+      f32x16 weight = e * value.scale, min = e * value.min;
+      if (v == first || v == last - 1) {
+        weight = keep_between(weight, begin - v * 16, end - v * 16, zero());
+        min = keep_between(min, begin - v * 16, end - v * 16, zero());
+      }
+      heaviest = max(heaviest, weight);
+      poison = poison + (weight - weight);
+      if constexpr (K == KvType::uint4) offset = offset + min;
+      e = weight;
+    }
+    if constexpr (K == KvType::bf16) {
+      store_bf16(scratch.weights.halves + r * kSegment + v * 16, e);
+    } else {
+      store(s + v * 16, e);
+    }
+  }
+  sum_of = sum(total);
+  if constexpr (kCodes<K>) {
+    Weights& w = scratch.weights;
+    const bool sound = mask_at_least(poison, zero()) == 0xFFFF;
+    const float peak = sound ? max(heaviest) : std::numeric_limits<float>::quiet_NaN(), inverse = kPlanes / peak;
+    const bool nothing = !(inverse <= kLargest);
+    i32x16 high_sum = set1(int32_t{0}), low_sum = high_sum;
+    for (int v = low; v < high; ++v) {
+      const bool seen = v >= first && v < last && !nothing;
+      const Planes p = planes(seen ? to_int(load(s + v * 16) * set1(inverse)) : set1(int32_t{0}));
+      if constexpr (kZero<K> != 0) {
+        high_sum = high_sum + p.high;
+        low_sum = low_sum + p.low;
+      }
+      store_bytes(w.high + r * kSegment + v * 16, p.high);
+      store_bytes(w.low + r * kSegment + v * 16, p.low);
+    }
+    w.start_high[r] = kZero<K> ? -kZero<K> * sum(high_sum) : 0;
+    w.start_low[r] = kZero<K> ? -kZero<K> * sum(low_sum) : 0;
+    w.scale[r] = nothing && peak == peak ? 0.0f : peak / kPlanes;
+    w.offset[r] = K == KvType::uint4 ? sum(offset) : 0.0f;
+  }
+}
+
+// Rows row..row+R-1 over keys begin..end-1, all dimensions.
+template <KvType K, int R, bool Edge>
+void weigh(const Scratch& s, int row, const Keys& keys, int64_t dim, int begin, int end, float* out) {
+  constexpr int W = tile_width<K>(R);
+  const auto tile = [&](auto width, auto tail, int64_t c) {
+    constexpr int V = decltype(width)::value;
+    constexpr bool T = decltype(tail)::value;
+    const int lanes = T ? static_cast<int>(dim - c) : 16;
+    if constexpr (kCodes<K>) {
+      weigh_codes<K, R, V, T>(s.weights, row, keys.v, c * 4, dim, begin, end, out + c, s.width, lanes);
+    } else {
+      weigh_tile<K, R, V, Edge, T>(s.weights, row, keys.v, keys.next, c * kUnit<K>, dim, begin, end, out + c, s.width,
+                                   lanes);
+    }
+  };
+  int64_t c = 0;
+  for (; c + W * 16 <= dim; c += W * 16) tile(std::integral_constant<int, W>{}, std::false_type{}, c);
+  for (; c + 16 <= dim; c += 16) tile(std::integral_constant<int, 1>{}, std::false_type{}, c);
+  if (c < dim) tile(std::integral_constant<int, 1>{}, std::true_type{}, c);
+}
+
+// Attends to the keys of segment `index`; the state is overwritten. No row sees a key from `tile_end` on.
+template <KvType K>
+void segment(const Attention& a, const Rows& rows, Scratch& s, int64_t index, int64_t tile_end, State state) {
+  const int64_t base = index * kSegment, dim = a.pool.dim, block = a.pool.block, width = s.width;
+  int begin[kTileRows], end[kTileRows], low = kSegment, high = 0;
   for (int r = 0; r < rows.n; ++r) {
     const int64_t first = first_visible(rows.position[r], a.window) - base, stop = rows.position[r] + 1 - base;
     begin[r] = static_cast<int>(first < 0 ? 0 : first > kSegment ? kSegment : first);
     end[r] = static_cast<int>(stop < 0 ? 0 : stop > kSegment ? kSegment : stop);
-    if (common_low < begin[r]) common_low = begin[r];
-    if (common_high > end[r]) common_high = end[r];
     state.sum[r] = -1.0f;
     if (begin[r] >= end[r]) continue;
     if (low > begin[r]) low = begin[r];
@@ -193,51 +272,107 @@ void segment(const Attention& a, const Rows& rows, const float* q, int64_t index
   }
   if (low >= high) return;
 
-  const T *keys[kVectors], *values[kVectors];
-  Scales scales[kVectors];
-  const int first = low / 16, last = (high + 15) / 16;
-  for (int v = first; v < last; ++v) {
+  Keys keys;
+  const int first = low / 16, stop = (high + 15) / 16;
+  const int64_t key_bytes = kv_key_bytes(a.pool), value_bytes = kv_value_bytes(a.pool);
+  const int64_t row_bytes = dim * kUnit<K>;  // of the values of kPack positions
+  for (int v = first; v < stop; ++v) {
     const int64_t position = base + v * 16, slot = position % block;
-    const int64_t at = a.table[position / block] * a.pool.heads + rows.kv_head;
-    keys[v] = static_cast<const T*>(a.pool.k) + at * dim * block + slot;
-    values[v] = static_cast<const T*>(a.pool.v) + (at * block + slot) * dim;
-    if constexpr (std::is_same_v<T, int8_t>)
-      scales[v] = {a.pool.k_scale + at * block + slot, a.pool.v_scale + at * block + slot};
+    const int64_t at = rows.table[position / block] * a.pool.heads + rows.kv_head;
+    keys.k[v] = static_cast<const uint8_t*>(a.pool.k) + at * key_bytes + slot * kUnit<K>;
+    keys.v[v] = static_cast<const uint8_t*>(a.pool.v) + at * value_bytes + slot / kPack<K> * row_bytes;
+    keys.next[v] = keys.v[v];
+    if (position + kSegment < tile_end) {
+      const int64_t ahead = rows.table[(position + kSegment) / block] * a.pool.heads + rows.kv_head;
+      keys.next[v] = static_cast<const uint8_t*>(a.pool.k) + ahead * key_bytes + slot / kPack<K> * row_bytes;
+    }
+    if constexpr (kCodes<K>) {
+      const int64_t one = K == KvType::int8 ? 4 : 2, many = K == KvType::int8 ? 1 : 2;
+      const int64_t scale = (at * many * block + slot) * one;
+      keys.k_scale[v] = static_cast<const uint8_t*>(a.pool.k_scale) + scale;
+      keys.v_scale[v] = static_cast<const uint8_t*>(a.pool.v_scale) + scale;
+    }
   }
 
-  with_rows(rows.n, [&](auto count) {
-    constexpr int R = decltype(count)::value, W = tile_width(R);
-    int v = first;
-    for (; v + W <= last; v += W) score_tile<T, R, W>(q, dim, keys + v, values + v, block, scores + v * 16);
-    for (; v < last; ++v) score_tile<T, R, 1>(q, dim, keys + v, values + v, block, scores + v * 16);
-  });
+  const int64_t steps = (dim + kPack<K> - 1) / kPack<K>;
+  for (int row = 0; row < rows.n; row += kRows<K>) {
+    with_rows<kRows<K>>(rows.n - row, [&](auto count) {
+      constexpr int R = decltype(count)::value, W = tile_width<K>(R);
+      const auto tile = [&](auto vectors, int v) {
+        constexpr int V = decltype(vectors)::value;
+        float* const to = s.scores + row * kSegment + v * 16;
+        if constexpr (kCodes<K>) {
+          score_codes<K, R, V>(s.queries, row, s.plane(), steps, keys.k + v, keys.v + v, block * 4, to);
+        } else {
+          score_tile<K, R, V>(s.queries.data + row, steps, keys.k + v, keys.v + v, block * kUnit<K>, to);
+        }
+      };
+      int v = first;
+      for (; v + W <= stop; v += W) tile(std::integral_constant<int, W>{}, v);
+      for (; v < stop; ++v) tile(std::integral_constant<int, 1>{}, v);
+    });
+  }
 
   for (int r = 0; r < rows.n; ++r) {
-    if (begin[r] >= end[r]) continue;
-    softmax_row(scores + r * kSegment, begin[r], end[r], a.softcap, std::is_same_v<T, int8_t> ? scales : nullptr,
-                state.top[r], state.sum[r]);
-    for (int64_t c = 0; c < width; c += 16) store(state.out + r * width + c, zero());
+    if (begin[r] >= end[r]) {
+      // Its weights are multiplied all the same when they are codes, and its state is not used.
+      if constexpr (kCodes<K>) {
+        std::memset(s.weights.high + r * kSegment, 0, kSegment);
+        std::memset(s.weights.low + r * kSegment, 0, kSegment);
+        s.weights.start_high[r] = s.weights.start_low[r] = 0;
+        s.weights.scale[r] = s.weights.offset[r] = 0.0f;
+      }
+      continue;
+    }
+    softmax_row<K>(a, s, r, begin[r], end[r], first, stop, keys, rows.n, state.top[r], state.sum[r]);
+    if constexpr (!kCodes<K>)
+      for (int64_t c = 0; c < width; c += 16) store(state.out + r * width + c, zero());
   }
 
   // Keys that all rows see go through the whole tile; what each row sees before and after them goes alone.
-  if (common_low < common_high) {
-    for (int r = 0; r < rows.n; ++r)
-      if (begin[r] < common_low)
-        weigh<T, 1>(scores + r * kSegment, values, dim, begin[r], common_low, state.out + r * width);
-    with_rows(rows.n, [&](auto count) {
-      weigh<T, decltype(count)::value>(scores, values, dim, common_low, common_high, state.out);
-    });
-    for (int r = 0; r < rows.n; ++r)
-      if (end[r] > common_high)
-        weigh<T, 1>(scores + r * kSegment, values, dim, common_high, end[r], state.out + r * width);
-  } else {
-    for (int r = 0; r < rows.n; ++r)
-      if (begin[r] < end[r]) weigh<T, 1>(scores + r * kSegment, values, dim, begin[r], end[r], state.out + r * width);
+  for (int row = 0; row < rows.n; row += kRows<K>) {
+    const int n = rows.n - row < kRows<K> ? rows.n - row : kRows<K>;
+    float* const out = state.out + row * width;
+    if constexpr (kCodes<K>) {
+      with_rows<kRows<K>>(n, [&](auto count) {
+        weigh<K, decltype(count)::value, false>(s, row, keys, dim, first * 16, stop * 16, out);
+      });
+    } else {
+      int common_low = 0, common_high = kSegment;
+      for (int r = row; r < row + n; ++r) {
+        if (common_low < begin[r]) common_low = begin[r];
+        if (common_high > end[r]) common_high = end[r];
+      }
+      common_low = (common_low + kPack<K> - 1) / kPack<K> * kPack<K>;
+      common_high = common_high / kPack<K> * kPack<K>;
+      const bool common = common_low < common_high;
+      const auto alone = [&](int r, int from, int to) {
+        if (from < to) weigh<K, 1, true>(s, r, keys, dim, from, to, state.out + r * width);
+      };
+      for (int r = row; r < row + n; ++r) alone(r, begin[r], common ? common_low : end[r]);
+      if (!common) continue;
+      with_rows<kRows<K>>(n, [&](auto count) {
+        weigh<K, decltype(count)::value, false>(s, row, keys, dim, common_low, common_high, out);
+      });
+      for (int r = row; r < row + n; ++r) alone(r, common_high, end[r]);
+    }
   }
 }
 
-// Adds the state of a later segment, row by row.
+// Adds the state of a later segment, row by row. The exponentials of all rows are taken at once.
 void merge(State into, State from, int rows, int64_t width) {
+  static_assert(2 * kTileRows <= 16);
+  float factors[16] = {}, tops[kTileRows];
+  for (int r = 0; r < rows; ++r) {
+    const bool old = !(into.sum[r] < 0.0f), fresh = !(from.sum[r] < 0.0f);
+    float top = old ? into.top[r] : -kLargest;
+    if (fresh && (!old || from.top[r] > top)) top = from.top[r];
+    if (top < -kLargest) top = -kLargest;
+    factors[r] = old ? into.top[r] - top : 0.0f;
+    factors[kTileRows + r] = fresh ? from.top[r] - top : 0.0f;
+    tops[r] = top;
+  }
+  store(factors, exp(load(factors)));
   for (int r = 0; r < rows; ++r) {
     if (from.sum[r] < 0.0f) continue;
     float *a = into.out + r * width, *b = from.out + r * width;
@@ -247,14 +382,10 @@ void merge(State into, State from, int rows, int64_t width) {
       for (int64_t c = 0; c < width; c += 16) store(a + c, load(b + c));
       continue;
     }
-    float top = from.top[r] > into.top[r] ? from.top[r] : into.top[r];
-    if (top < -std::numeric_limits<float>::max()) top = -std::numeric_limits<float>::max();
-    float factors[16] = {into.top[r] - top, from.top[r] - top};
-    store(factors, exp(load(factors)));
-    const f32x16 keep = set1(factors[0]), take = set1(factors[1]);
-    into.top[r] = top;
-    into.sum[r] = into.sum[r] * factors[0] + from.sum[r] * factors[1];
-    for (int64_t c = 0; c < width; c += 16) store(a + c, fma(take, load(b + c), keep * load(a + c)));
+    const float keep = factors[r], take = factors[kTileRows + r];
+    into.top[r] = tops[r];
+    into.sum[r] = into.sum[r] * keep + from.sum[r] * take;
+    for (int64_t c = 0; c < width; c += 16) store(a + c, fma(set1(take), load(b + c), set1(keep) * load(a + c)));
   }
 }
 
@@ -274,129 +405,98 @@ void finish(const Attention& a, const Rows& rows, State state) {
   }
 }
 
-int64_t state_floats(int64_t width) { return kRows * (width + 2); }
+// The pieces of one tile: its segments, or the tile as a whole when tiles are not split.
+struct Pieces {
+  const Tile& tile;
+  bool split;
+  int64_t begin, total;  // where it lies on the line of costs
+  int threads;
 
-State state_at(float* memory, int64_t width) { return {memory + kRows * width, memory + kRows * (width + 1), memory}; }
-
-// Working memory of one thread.
-struct Scratch {
-  float *q, *scores;
-  State part, whole;
-
-  explicit Scratch(int64_t dim) {
-    const int64_t width = padded(dim), floats = dim * kRows + kRows * kSegment + 2 * state_floats(width);
-    float* at = static_cast<float*>(thread_scratch(0, static_cast<size_t>(floats) * sizeof(float)));
-    scores = at;
-    part = state_at(at += kRows * kSegment, width);
-    whole = state_at(at += state_floats(width), width);
-    q = at + state_floats(width);
-  }
-
-  void load_queries(const Attention& a, const Rows& rows) {
-    for (int r = 0; r < rows.n; ++r) {
-      const float* from = a.q + rows.index[r] * a.pool.dim;
-      for (int64_t c = 0; c < a.pool.dim; ++c) q[c * kRows + r] = from[c] * a.scale;
+  template <class Fn>  // fn(segment, thread); the whole tile has one thread unless it is split
+  void each(const Fn& fn) const {
+    int64_t at = begin;
+    const int whole = static_cast<int>(owner(begin, tile.cost(), total, threads));
+    for (int64_t i = tile.first_segment(); i < tile.end_segment(); ++i) {
+      const int64_t cost = tile.cost(i);
+      fn(i, split ? static_cast<int>(owner(at, cost, total, threads)) : whole);
+      at += cost;
     }
   }
+  // The thread that finishes the tile: the one with its first piece.
+  int first() const {
+    const bool pieces = split && tile.first_segment() < tile.end_segment();
+    return static_cast<int>(owner(begin, pieces ? tile.cost(tile.first_segment()) : tile.cost(), total, threads));
+  }
+  // The last piece falls to this thread or an earlier one.
+  int last() const { return static_cast<int>(owner(begin + tile.cost(), 0, total, threads)); }
 };
 
-struct Span {
-  int64_t begin, end;
-};
-
-// Segments in which some row of the tile sees a key (there may be gaps between them, which segment() skips).
-Span segments_of(const Attention& a, const Rows& rows) {
-  int64_t low = std::numeric_limits<int64_t>::max(), high = -1;
-  for (int r = 0; r < rows.n; ++r) {
-    const int64_t p = rows.position[r], first = first_visible(p, a.window);
-    if (p < 0) continue;
-    if (first < low) low = first;
-    if (p > high) high = p;
-  }
-  if (high < 0) return {0, 0};
-  return {low / kSegment, high / kSegment + 1};
-}
-
-template <class T>
-void attend(const Attention& a) {
-  const int64_t width = padded(a.pool.dim), group = a.heads / a.pool.heads;
-  const int64_t tiles = (a.tokens * group + kRows - 1) / kRows, units = tiles * a.pool.heads;
-  int64_t low = std::numeric_limits<int64_t>::max(), high = -1, visible = 0;
-  for (int64_t m = 0; m < a.tokens; ++m) {
-    const int64_t p = a.positions[m], first = first_visible(p, a.window);
-    if (p < 0) continue;
-    visible += p + 1 - first;
-    if (first < low) low = first;
-    if (p > high) high = p;
-  }
-  const int64_t first_segment = high < 0 ? 0 : low / kSegment;
-  const int64_t segments = high < 0 ? 0 : high / kSegment + 1 - first_segment;
-  const bool alone = team_threads() == 1 || visible * a.heads * a.pool.dim / 4 < kTeamWork;
-
-  const auto whole_rows = [&](int64_t unit) {
-    Scratch s(a.pool.dim);
-    const Rows rows = rows_of(a, unit / tiles, unit % tiles);
-    s.load_queries(a, rows);
-    for (int r = 0; r < rows.n; ++r) s.whole.sum[r] = -1.0f;
-    const Span span = segments_of(a, rows);
-    for (int64_t i = span.begin; i < span.end; ++i) {
-      segment<T>(a, rows, s.q, i, s.scores, s.part);
-      merge(s.whole, s.part, rows.n, width);
-    }
-    finish(a, rows, s.whole);
-  };
-  if (alone) {
-    for (int64_t u = 0; u < units; ++u) whole_rows(u);
-    return;
-  }
-  const int64_t part_floats = units * segments * state_floats(width);
-  // Units are dealt like cards, since with a causal mask later tiles cost more; the tiles of a head follow each
-  // other, so that its keys and values stay in the cache.
-  if (units >= 4 * team_threads() || segments < 2 || part_floats > kMostPartFloats) {
-    const auto deal = [&](int t, int threads) {
-      for (int64_t u = t; u < units; u += threads) whole_rows(u);
-    };
-    team_run(std::ref(deal));
-    return;
-  }
-  // Few rows over many keys: threads take segments, and the same merge follows in the same order.
-  float* parts = static_cast<float*>(thread_scratch(1, static_cast<size_t>(part_floats) * sizeof(float)));
-  const auto deal = [&](int t, int threads) {
-    Scratch s(a.pool.dim);
-    int64_t loaded = -1;
-    Rows rows{};
-    const Range mine = share(units * segments, t, threads);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
-      if (const int64_t unit = i / segments; unit != loaded) {
-        rows = rows_of(a, unit / tiles, unit % tiles);
-        s.load_queries(a, rows);
-        loaded = unit;
+// Phase 0: each thread works on its pieces. A tile that it began and another one continues stays in `whole` (there is
+// at most one, its last); the segments of a tile that another thread began are stored one by one (again at most one,
+// its first). Phase 1: whoever began a tile adds the stored segments in order.
+template <KvType K>
+void attend(const Attention& a, int phase, int thread, int threads) {
+  const Plan plan = plan_of(a);
+  if (phase == 1 && !plan.split) return;
+  const int64_t total = plan.cost * a.pool.heads, stride = attention_scratch(a);
+  Scratch s(a.scratch + thread * stride, a.pool.dim);
+  for (int64_t head = 0; head < a.pool.heads; ++head) {
+    int64_t at = head * plan.cost;
+    if (owner(at, 0, total, threads) > thread || owner(at + plan.cost, 0, total, threads) < thread) continue;
+    each_tile(a, [&](const Tile& tile) {
+      const Pieces pieces{tile, plan.split, at, total, threads};
+      at += tile.cost();
+      const int first = pieces.first();
+      if (first > thread || pieces.last() < thread) return;
+      const Rows rows(a, head, tile);
+      if (phase == 1) {
+        if (first != thread) return;
+        int holder = thread;
+        int64_t from = 0;  // the first segment that `holder` stored
+        pieces.each([&](int64_t i, int t) {
+          if (t == thread) return;
+          if (t != holder) {
+            holder = t;
+            from = i;
+          }
+          merge(s.whole, Scratch(a.scratch + t * stride, a.pool.dim).stored(i - from), rows.n, s.width);
+        });
+        if (holder != thread) finish(a, rows, s.whole);
+        return;
       }
-      const State part = state_at(parts + i * state_floats(width), width);
-      segment<T>(a, rows, s.q, first_segment + i % segments, s.scores, part);
-    }
-  };
-  team_run(std::ref(deal));
-  team_share(units, units * segments * kRows * width, [&](int64_t begin, int64_t end) {
-    Scratch s(a.pool.dim);
-    for (int64_t u = begin; u < end; ++u) {
-      const Rows rows = rows_of(a, u / tiles, u % tiles);
-      for (int r = 0; r < rows.n; ++r) s.whole.sum[r] = -1.0f;
-      for (int64_t i = u * segments; i < (u + 1) * segments; ++i)
-        merge(s.whole, state_at(parts + i * state_floats(width), width), rows.n, width);
-      finish(a, rows, s.whole);
-    }
-  });
+      bool loaded = false, continued = false;
+      int64_t stored = 0;
+      const auto load_rows = [&] {
+        if (!loaded) load_queries<K>(a, rows, s);
+        loaded = true;
+      };
+      if (first == thread)
+        for (int r = 0; r < rows.n; ++r) s.whole.sum[r] = -1.0f;
+      pieces.each([&](int64_t i, int t) {
+        if (t != thread) {
+          continued = continued || t > thread;
+          return;
+        }
+        load_rows();
+        const State to = first == thread ? s.part : s.stored(stored++);
+        segment<K>(a, rows, s, i, tile.high, to);
+        if (first == thread) merge(s.whole, to, rows.n, s.width);
+      });
+      if (first == thread && !continued) finish(a, rows, s.whole);
+    });
+  }
 }
 
 }  // namespace
 
-void attention(const Attention& a) {
+void attention_part(const Attention& a, int phase, int thread, int threads) {
+  if (a.tokens == 0) return;
   switch (a.pool.type) {
-    case KvType::f32: return attend<float>(a);
-    case KvType::f16: return attend<f16>(a);
-    case KvType::bf16: return attend<bf16>(a);
-    case KvType::int8: return attend<int8_t>(a);
+    case KvType::f32: return attend<KvType::f32>(a, phase, thread, threads);
+    case KvType::f16: return attend<KvType::f16>(a, phase, thread, threads);
+    case KvType::bf16: return attend<KvType::bf16>(a, phase, thread, threads);
+    case KvType::int8: return attend<KvType::int8>(a, phase, thread, threads);
+    case KvType::uint4: return attend<KvType::uint4>(a, phase, thread, threads);
   }
 }
 

@@ -111,7 +111,6 @@ struct PackedWeight {
       if (w.tile_rows < 1 || (w.tile_rows > 1 && w.tile_rows % gsm::kPanel)) refuse("rows that share a scale must be 1 or a multiple of 16");
       w.zero_bits = static_cast<int>(integer("zero_bits", 0));
       if (w.zero_bits != 0 && w.zero_bits != 4 && w.zero_bits != 8) refuse("zero points have 4 or 8 bits");
-      if (w.zero_bits && w.tile_rows > 1) refuse("zero points are stored for each row");
       w.table_per_row = integer("table_per_row", 0) != 0;
       if (a.contains("table") && !a["table"].is_none()) {
         table = nb::cast<Floats>(a["table"]);

@@ -2,11 +2,9 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <mutex>
-#include <new>
 
+#include "arena.h"
 #include "expand.h"
 #include "fwht.h"
 #include "team.h"
@@ -32,23 +30,6 @@ constexpr int64_t kFloatSegment = 256;     // columns a float chain may grow to
 constexpr int64_t kIntegerSegment = 65536;  // 255 * 127 * 65536 < 2^31
 
 bool bf16_dot() { return current_level() == Level::avx512bf16; }
-
-// Memory for prepared inputs, shared by all calls: they run one after another (team.h). It grows by half at least; the
-// smaller blocks stay, since the other calls of the same run may have been given them.
-uint8_t* arena(int64_t bytes) {
-  static std::mutex mutex;
-  static std::vector<std::unique_ptr<uint8_t, decltype(&std::free)>> blocks;
-  static int64_t size = 0;
-  std::lock_guard lock(mutex);
-  if (size < bytes) {
-    const int64_t grown = (std::max(bytes, size + size / 2) + 4095) / 4096 * 4096;
-    auto* memory = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(grown)));
-    if (!memory) throw std::bad_alloc();
-    blocks.emplace_back(memory, &std::free);
-    size = grown;
-  }
-  return blocks.empty() ? nullptr : blocks.back().get();
-}
 
 }  // namespace
 

@@ -3,7 +3,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "program_adapters.h"
 
 namespace gsm {
 namespace {
@@ -60,23 +59,12 @@ void Program::run(int64_t tokens) {
            std::to_string(tokens));
   if (tokens == 0) return;
   for (const Step& step : steps_) step.op->check(tokens * step.rows_per_token);
-  // An op that forks by itself is called between two runs of the team.
-  const Step* const end = steps_.data() + steps_.size();
-  for (const Step* from = steps_.data(); from < end;) {
-    const Step* to = from;
-    while (to < end && !dynamic_cast<const CallOp*>(to->op)) ++to;
-    if (to > from) team_steps(from, static_cast<size_t>(to - from), tokens);
-    for (; to < end && dynamic_cast<const CallOp*>(to->op); ++to) to->op->run(tokens * to->rows_per_token, 0, 0, 1);
-    from = to;
-  }
+  team_steps(steps_.data(), steps_.size(), tokens);
 }
 
 void submit(std::unique_ptr<Op> op, int64_t rows) {
   if (t_program) {
     t_program->add(std::move(op), rows);
-  } else if (dynamic_cast<const CallOp*>(op.get())) {
-    op->check(rows);
-    if (rows > 0) op->run(rows, 0, 0, 1);
   } else {
     run_now(*op, rows);
   }

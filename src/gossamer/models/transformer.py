@@ -31,12 +31,12 @@ HEAD_ROWS = 64  # rows of logits in memory at once: 64 MiB for a vocabulary of 2
 
 @dataclass(frozen=True)
 class KVLayer:
-    """One layer's pool: keys [blocks, kv_heads, head_dim, block], values [blocks, kv_heads, block, head_dim]."""
+    """One layer's pool, in the layout of kernels/attention.h: keys, values, and the scales of pools of codes."""
 
     k: npt.NDArray[Any]
     v: npt.NDArray[Any]
-    k_scale: F32 | None
-    v_scale: F32 | None
+    k_scale: npt.NDArray[Any] | None
+    v_scale: npt.NDArray[Any] | None
 
 
 class KVStore(Protocol):
