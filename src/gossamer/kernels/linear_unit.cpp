@@ -245,7 +245,7 @@ void mask_panel(const Mask& m, const Form& form, int64_t panel, int64_t tokens, 
       const int64_t at = slot * 16 + r;
       uint32_t c = 0;
       std::memcpy(&c, m.index + at * m.index_bytes, static_cast<size_t>(m.index_bytes));
-      column[r] = c == (m.index_bytes == 2 ? 0xFFFFu : 0xFFFFFFFFu) ? -1 : c;
+      column[r] = c == (m.index_bytes == 2 ? 0xFFFFu : 0xFFFFFFFFu) ? int64_t{-1} : int64_t{c};
       switch (m.kind) {
         case ScaleKind::f32: std::memcpy(&value[r], m.values + 4 * at, 4); break;
         case ScaleKind::f16: value[r] = to_f32(reinterpret_cast<const f16*>(m.values)[at]); break;
