@@ -63,8 +63,8 @@ struct Form {
   int64_t stride() const { return width * (path == Path::bytes ? 1 : path == Path::pairs ? 2 : 4); }  // bytes a token
 };
 
-// One token x [cols] into the form at its place in the tile. `q` is scratch of width floats.
-GSM_DECLARE(void prepare_token(const float* x, const Form& form, int64_t tokens, int64_t token, float* q))
+// One token x [cols] into the form at its place in the tile. `memory` is room for width floats, and is not x.
+GSM_DECLARE(void prepare_token(const float* x, const Form& form, int64_t tokens, int64_t token, float* memory))
 // out = x / sqrt(mean(x^2) + eps) * gain
 GSM_DECLARE(void normalize_token(const float* x, const float* gain, float eps, int64_t cols, float* out))
 
