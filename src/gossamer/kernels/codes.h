@@ -40,7 +40,9 @@ template <int I> inline i32x16 byte_to_int(b64 a) {
   return {_mm512_and_si512(_mm512_srli_epi32(a.v, 8 * I), _mm512_set1_epi32(255))};
 }
 inline f32x16 gather(const float* table, i32x16 at) { return {_mm512_i32gather_ps(at.v, table, 4)}; }
+// table[at & 15]
 inline f32x16 pick16(f32x16 table, i32x16 at) { return {_mm512_permutexvar_ps(at.v, table.v)}; }
+template <int N> inline i32x16 shift_words(b64 a) { return {_mm512_srli_epi32(a.v, N)}; }
 
 #elif defined(__AVX2__)
 
@@ -96,6 +98,7 @@ inline __m256 pick16_half(f32x16 t, __m256i at) {
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));  // bit 3 chooses
 }
 inline f32x16 pick16(f32x16 table, i32x16 at) { return {pick16_half(table, at.lo), pick16_half(table, at.hi)}; }
+template <int N> inline i32x16 shift_words(b64 a) { return {_mm256_srli_epi32(a.lo, N), _mm256_srli_epi32(a.hi, N)}; }
 
 #else
 
@@ -144,7 +147,20 @@ inline f32x16 gather(const float* table, i32x16 at) {
   for (int i = 0; i < 16; ++i) r.v[i] = table[at.v[i]];
   return r;
 }
-inline f32x16 pick16(f32x16 table, i32x16 at) { return gather(table.v, at); }
+inline f32x16 pick16(f32x16 table, i32x16 at) {
+  f32x16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = table.v[at.v[i] & 15];
+  return r;
+}
+template <int N> inline i32x16 shift_words(b64 a) {
+  i32x16 r;
+  for (int i = 0; i < 16; ++i) {
+    uint32_t u;
+    std::memcpy(&u, a.v + 4 * i, 4);
+    r.v[i] = static_cast<int32_t>(u >> N);
+  }
+  return r;
+}
 
 #endif
 
@@ -206,6 +222,38 @@ inline void read_half(int bits, const Fields& f, int64_t half, b64* v) {
     default: return read_half<8>(f, half, v);
   }
 }
+
+#if defined(__AVX512F__)
+
+// A table of 16-bit values for codes of B bits, in registers.
+template <int B> struct Words {
+  static constexpr int count = B <= 5 ? 1 : 1 << (B - 5);
+  __m512i t[count];
+  explicit Words(const uint16_t* table) {
+    for (int i = 0; i < count; ++i) t[i] = _mm512_loadu_si512(table + 32 * i);
+  }
+  // Each 16-bit lane of `at` holds a code; what stands above the bits of the table is left out.
+  __m512i operator()(__m512i at) const {
+    if constexpr (B <= 5) return _mm512_permutexvar_epi16(at, t[0]);
+    else if constexpr (B == 6) return _mm512_permutex2var_epi16(t[0], at, t[1]);
+    else {
+      const __mmask32 odd = _mm512_test_epi16_mask(at, _mm512_set1_epi16(64));
+      const __m512i low = _mm512_mask_blend_epi16(odd, _mm512_permutex2var_epi16(t[0], at, t[1]),
+                                                  _mm512_permutex2var_epi16(t[2], at, t[3]));
+      if constexpr (B == 7) return low;
+      else {
+        const __m512i high = _mm512_mask_blend_epi16(odd, _mm512_permutex2var_epi16(t[4], at, t[5]),
+                                                     _mm512_permutex2var_epi16(t[6], at, t[7]));
+        return _mm512_mask_blend_epi16(_mm512_test_epi16_mask(at, _mm512_set1_epi16(128)), low, high);
+      }
+    }
+  }
+  // The pairs of columns (0, 2) and (1, 3) of four.
+  __m512i even(b64 v) const { return (*this)(_mm512_and_si512(v.v, _mm512_set1_epi16(255))); }
+  __m512i odd(b64 v) const { return (*this)(_mm512_srli_epi16(v.v, 8)); }
+};
+
+#endif
 
 // table[code] for codes of `bits` bits and a table of 2^bits (at least 16) bytes.
 inline b64 lookup(b64 a, const uint8_t* table, int bits) {

@@ -132,6 +132,7 @@ struct Bytes {
 };
 
 template <int B> inline void fetch_half(int64_t half, const Fields& ahead) {
+  if constexpr (B == 8) fetch<128>(ahead.q8 + 128 * half, 0);
   if constexpr (B & 4) __builtin_prefetch(ahead.q4 + 64 * half);
   if constexpr (B & 2) __builtin_prefetch(ahead.q2 + 32 * half);
   if constexpr (B & 1) __builtin_prefetch(ahead.q1 + 16 * half);
@@ -192,6 +193,62 @@ struct Halves {  // float16 as it is stored
   static f32x16 vec(Half h, int step) { return load(h + 16 * step); }
 };
 
+struct FloatNibbles {  // 4-bit codes
+  using Dot = FloatDot;
+  static constexpr int parts = 1;
+  const uint8_t* codes;
+  int64_t ahead;
+  f32x16 table;
+  struct Half {
+    b64 packed;
+    f32x16 table;
+  };
+  Half open(int, int64_t half) const {
+    __builtin_prefetch(codes + 64 * half + ahead);
+    return {load64(codes + 64 * half), table};
+  }
+  static f32x16 vec(const Half& h, int step) {
+    switch (step) {
+      case 0: return pick16(h.table, shift_words<0>(h.packed));
+      case 1: return pick16(h.table, shift_words<8>(h.packed));
+      case 2: return pick16(h.table, shift_words<16>(h.packed));
+      case 3: return pick16(h.table, shift_words<24>(h.packed));
+      case 4: return pick16(h.table, shift_words<4>(h.packed));
+      case 5: return pick16(h.table, shift_words<12>(h.packed));
+      case 6: return pick16(h.table, shift_words<20>(h.packed));
+      default: return pick16(h.table, shift_words<28>(h.packed));
+    }
+  }
+};
+
+struct FloatBytes {  // 8-bit codes that stand for step * code - zero
+  using Dot = FloatDot;
+  static constexpr int parts = 1;
+  const uint8_t* codes;
+  int64_t ahead;
+  float step, zero;
+  struct Half {
+    const uint8_t* codes;
+    f32x16 step, zero;
+  };
+  Half open(int, int64_t half) const {
+    const uint8_t* at = codes + 128 * half;
+    fetch<128>(at, ahead);
+    return {at, set1(step), set1(zero)};
+  }
+  static f32x16 vec(const Half& h, int step) {
+    const b64 v = load64(h.codes + 64 * (step / 4));
+    f32x16 c;
+    switch (step % 4) {
+      case 0: c = byte_to_float<0>(v); break;
+      case 1: c = byte_to_float<1>(v); break;
+      case 2: c = byte_to_float<2>(v); break;
+      default: c = byte_to_float<3>(v);
+    }
+    return h.step * c - h.zero;  // whole numbers, so exact
+  }
+};
+
 struct Floats {
   using Dot = FloatDot;
   static constexpr int parts = 1;
@@ -221,28 +278,50 @@ struct PairValues {
   static __m512i vec(Half h, int step) { return _mm512_loadu_si512(h + 32 * step); }
 };
 
-// 4-bit codes whose values are bfloat16: vpermw reads five index bits, and the table is there twice, so the bit above a
-// nibble does not matter. Shifting by 0, 4, 8, 12 brings the pairs (0,2) (4,6) (1,3) (5,7) into place.
+// 4-bit codes: shifting by 0, 4, 8, 12 brings the pairs (0,2) (4,6) (1,3) (5,7) into place, and the table takes no
+// notice of the bits above a nibble.
 struct PairNibbles {
   using Dot = PairDot;
   static constexpr int parts = 1;
   const uint8_t* codes;
   int64_t ahead;
-  __m512i table;
+  const Words<4>* words;
   struct Half {
-    __m512i packed, table;
+    __m512i packed;
+    const Words<4>* words;
   };
   Half open(int, int64_t half) const {
     __builtin_prefetch(codes + 64 * half + ahead);
-    return {_mm512_loadu_si512(codes + 64 * half), table};
+    return {_mm512_loadu_si512(codes + 64 * half), words};
   }
   static __m512i vec(const Half& h, int step) {
     switch (step) {
-      case 0: return _mm512_permutexvar_epi16(h.packed, h.table);
-      case 1: return _mm512_permutexvar_epi16(_mm512_srli_epi16(h.packed, 4), h.table);
-      case 2: return _mm512_permutexvar_epi16(_mm512_srli_epi16(h.packed, 8), h.table);
-      default: return _mm512_permutexvar_epi16(_mm512_srli_epi16(h.packed, 12), h.table);
+      case 0: return (*h.words)(h.packed);
+      case 1: return (*h.words)(_mm512_srli_epi16(h.packed, 4));
+      case 2: return (*h.words)(_mm512_srli_epi16(h.packed, 8));
+      default: return (*h.words)(_mm512_srli_epi16(h.packed, 12));
     }
+  }
+};
+
+template <int B> struct PairCodes {  // other codes whose values are bfloat16
+  using Dot = PairDot;
+  static constexpr int parts = 1;
+  Fields f, ahead;
+  const Words<B>* words;
+  struct Half {
+    b64 v[2];
+    const Words<B>* words;
+  };
+  Half open(int, int64_t half) const {
+    Half h;
+    h.words = words;
+    fetch_half<B>(half, ahead);
+    read_half<B>(f, half, h.v);
+    return h;
+  }
+  static __m512i vec(const Half& h, int step) {
+    return step < 2 ? h.words->even(h.v[step & 1]) : h.words->odd(h.v[step & 1]);
   }
 };
 #endif

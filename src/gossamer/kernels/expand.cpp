@@ -109,22 +109,10 @@ template <int I> inline f32x16 value_of(const Weight& w, b64 v, int64_t panel) {
     for (int r = 0; r < 16; ++r) out[r] = table[16 * at[r] + r];
     return load(out);
   }
-  if (w.table) {
-    return w.bits <= 4 ? pick16(load(w.small_table), byte_to_int<I>(v)) : gather(w.table, byte_to_int<I>(v));
-  }
+  if (w.table) return gather(w.table, byte_to_int<I>(v));
   const f32x16 c = byte_to_float<I>(v);
   if (w.zeros) return c;
   return w.step == 1.0f ? c - set1(w.zero) : set1(w.step) * c - set1(w.zero);
-}
-
-template <int I> inline void two_columns(const Weight& w, b64 v, int64_t panel, uint16_t* out) {
-  const f32x16 a = value_of<I>(w, v, panel), b = value_of<I + 2>(w, v, panel);
-  uint32_t lo[16], hi[16];
-  std::memcpy(lo, &a, 64);
-  std::memcpy(hi, &b, 64);
-  uint32_t pair[16];
-  for (int r = 0; r < 16; ++r) pair[r] = lo[r] >> 16 | (hi[r] & 0xFFFF0000u);  // exact, so the low halves are zero
-  std::memcpy(out, pair, 64);
 }
 
 }  // namespace
@@ -147,6 +135,20 @@ void expand_floats(const Weight& w, int64_t panel, int64_t first, int64_t last, 
     return;
   }
   const Fields f = panel_fields(w, panel);
+  if (w.bits <= 4 && !w.table_per_row) {
+    const f32x16 table = load(w.small_table);
+    for (int64_t h = first; h < last; ++h, out += 128) {
+      b64 v[2];
+      read_half(w.bits, f, h, v);
+      for (int j = 0; j < 2; ++j) {
+        store(out + 64 * j, pick16(table, shift_words<0>(v[j])));
+        store(out + 64 * j + 16, pick16(table, shift_words<8>(v[j])));
+        store(out + 64 * j + 32, pick16(table, shift_words<16>(v[j])));
+        store(out + 64 * j + 48, pick16(table, shift_words<24>(v[j])));
+      }
+    }
+    return;
+  }
   for (int64_t h = first; h < last; ++h, out += 128) {
     b64 v[2];
     read_half(w.bits, f, h, v);
@@ -159,17 +161,39 @@ void expand_floats(const Weight& w, int64_t panel, int64_t first, int64_t last, 
   }
 }
 
-void expand_bf16(const Weight& w, int64_t panel, int64_t first, int64_t last, uint16_t* out) {
+#if defined(__AVX512BF16__)
+
+namespace {
+
+template <int B> void pairs_of(const Weight& w, int64_t panel, int64_t first, int64_t last, uint16_t* out) {
   const Fields f = panel_fields(w, panel);
+  const Words<B> words(w.bf16_table.data());
   for (int64_t h = first; h < last; ++h, out += 128) {
     b64 v[2];
-    read_half(w.bits, f, h, v);
-    for (int j = 0; j < 2; ++j) {  // pairs (0,2) (4,6) (1,3) (5,7)
-      two_columns<0>(w, v[j], panel, out + 32 * j);
-      two_columns<1>(w, v[j], panel, out + 32 * (2 + j));
-    }
+    read_half<B>(f, h, v);
+    _mm512_storeu_si512(out, words.even(v[0]));
+    _mm512_storeu_si512(out + 32, words.even(v[1]));
+    _mm512_storeu_si512(out + 64, words.odd(v[0]));
+    _mm512_storeu_si512(out + 96, words.odd(v[1]));
   }
 }
+
+}  // namespace
+
+void expand_bf16(const Weight& w, int64_t panel, int64_t first, int64_t last, uint16_t* out) {
+  switch (w.bits) {
+    case 1: return pairs_of<1>(w, panel, first, last, out);
+    case 2: return pairs_of<2>(w, panel, first, last, out);
+    case 3: return pairs_of<3>(w, panel, first, last, out);
+    case 4: return pairs_of<4>(w, panel, first, last, out);
+    case 5: return pairs_of<5>(w, panel, first, last, out);
+    case 6: return pairs_of<6>(w, panel, first, last, out);
+    case 7: return pairs_of<7>(w, panel, first, last, out);
+    default: return pairs_of<8>(w, panel, first, last, out);
+  }
+}
+
+#endif
 
 namespace {
 

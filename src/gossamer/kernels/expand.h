@@ -10,6 +10,7 @@ namespace gsm {
 // out [half][2][16 rows][4]: the byte of each code (part 0 or 1 of two).
 GSM_DECLARE(void expand_bytes(const Weight& w, int part, int64_t panel, int64_t first, int64_t last, uint8_t* out))
 // out [half][4 pairs][16 rows][2]: the value of each code, exact; needs w.bf16_exact.
+// Only the level with a bfloat16 dot product has it.
 GSM_DECLARE(void expand_bf16(const Weight& w, int64_t panel, int64_t first, int64_t last, uint16_t* out))
 // out [half][8 columns][16 rows]: the value of each code or plain number, before scaling.
 GSM_DECLARE(void expand_floats(const Weight& w, int64_t panel, int64_t first, int64_t last, float* out))

@@ -16,18 +16,35 @@ struct Job {
   uint8_t* codes;   // scratch for expanded codes
 };
 
-// Columns whose expanded codes one chunk holds: they stay in the first cache for few tokens, in the second for many.
-int64_t chunk_columns(int64_t tokens, Path path) {
-  const bool many = tokens > few_tokens();
+// Expanding costs a store and a load; unpacking in registers costs as much again for every tile.
+constexpr int64_t kUnpackTokens = 16;
+// 8-bit codes and plain numbers are copied, so that the two panels of a tile do not collide in the cache.
+constexpr int64_t kCopyTokens = 32;
+
+// Whether codes are read where they are.
+bool in_place(const Weight& w, Path path, int64_t tokens) {
+  const bool few = tokens <= kUnpackTokens;
   switch (path) {
-    case Path::bytes: return many ? 2048 : 1024;
-    case Path::pairs: return many ? 1024 : 1024;
-    default: return many ? 512 : 512;
+    case Path::bytes:
+      if (w.bits == 8) return w.byte_table.empty() && tokens <= kCopyTokens;
+      return w.bits == 4 ? few || w.byte_table.empty() : few && w.byte_table.empty() && w.bits >= 2 && w.bits <= 6;
+    case Path::pairs: return !w.coded() || w.bits == 4 || (few && (w.bits >= 5 && w.bits != 7));
+    default:
+      if (!w.coded()) return w.number != Number::bf16 && w.cols % 8 == 0 && tokens <= (w.number == Number::f32 ? kCopyTokens : kUnpackTokens);
+      return few && !w.table_per_row && (w.bits == 4 || (w.bits == 8 && !w.table));
   }
 }
 
-int64_t chunk_segments(int64_t tokens, Path path, const Sums& s) {
-  return std::max<int64_t>(1, std::min(s.segments, chunk_columns(tokens, path) / s.length));
+// Segments at once. Expanded codes of a chunk stay in the first cache for few tokens and in the second for many; what
+// is read in place needs room for its scales only, but the inputs of a tile should stay in the first cache.
+int64_t chunk_segments(int64_t tokens, const PanelPart& part) {
+  const bool many = tokens > kUnpackTokens;
+  int64_t columns;
+  if (in_place(*part.weight, part.form->path, tokens)) columns = 2048;
+  else if (part.form->path == Path::bytes) columns = many ? 2048 : 256;
+  else if (part.form->path == Path::pairs) columns = many ? 1024 : 128;
+  else columns = many ? 512 : 128;
+  return std::max<int64_t>(1, std::min(part.sums->segments, columns / part.sums->length));
 }
 
 #if defined(__AVX512F__)
@@ -62,7 +79,7 @@ template <class Source, int P, class Open> void run_chunks(const Job& j, Values 
   const Weight& w = *j.part.weight;
   const Form& form = *j.part.form;
   const Sums& sums = *j.part.sums;
-  const int64_t per_chunk = chunk_segments(j.tokens, form.path, sums), tiles = tile_count(j.tokens);
+  const int64_t per_chunk = chunk_segments(j.tokens, j.part), tiles = tile_count(j.tokens);
   Stretch s{};
   s.length = sums.length;
   s.halves = w.width() / 8;
@@ -95,34 +112,33 @@ template <class Source, int P, class Open> void run_chunks(const Job& j, Values 
   }
 }
 
-// Expanding costs a store and a load; unpacking in registers costs as much again for every tile.
-constexpr int64_t kUnpackTokens = 16;
-// 8-bit codes and plain numbers are copied, so that the two panels of a tile do not collide in the cache.
-constexpr int64_t kCopyTokens = 32;
-
 // Bytes of the panels at hand, which is how far ahead the next ones begin; one panel alone is read close behind.
 int64_t ahead_of(const Job& j, int P, int64_t panel_bytes) { return P == 1 && j.tokens <= few_tokens() ? 1024 : P * panel_bytes; }
 
+Fields fields_ahead(const Job& j, int P, int p) {
+  Fields f = panel_fields(*j.part.weight, j.panel + p);
+  const int64_t ahead = ahead_of(j, P, j.part.weight->width() * 8);
+  if (f.q8) f.q8 += 2 * ahead;
+  if (f.q4) f.q4 += ahead;
+  if (f.q2) f.q2 += ahead / 2;
+  if (f.q1) f.q1 += ahead / 4;
+  return f;
+}
+
 template <int P> void bytes(const Job& j) {
   const Weight& w = *j.part.weight;
-  const int64_t stretch = chunk_segments(j.tokens, Path::bytes, *j.part.sums) * j.part.sums->length;
+  const int64_t stretch = chunk_segments(j.tokens, j.part) * j.part.sums->length;
   const int64_t room = (std::min(stretch, w.width()) + 8) * 16;
-  if (w.bits == 8 && w.byte_table.empty() && j.tokens <= kCopyTokens) {
+  const bool place = in_place(w, Path::bytes, j.tokens);
+  if (place && w.bits == 8) {
     const int64_t ahead = ahead_of(j, P, w.width() * 16);
     return run_chunks<Bytes, P>(j, Values::bytes, [&](int p, int64_t, int64_t) {
       return Bytes{panel_fields(w, j.panel + p).q8, 0, ahead};
     });
   }
   const auto stored = [&](int p) { return panel_fields(w, j.panel + p); };
-  const auto later = [&](int p) {
-    Fields f = panel_fields(w, j.panel + p);
-    const int64_t ahead = ahead_of(j, P, w.width() * 16 * 4 / 8);
-    if (f.q4) f.q4 += ahead;
-    if (f.q2) f.q2 += ahead / 2;
-    if (f.q1) f.q1 += ahead / 4;
-    return f;
-  };
-  if (j.tokens <= kUnpackTokens || w.bits == 4) {
+  const auto later = [&](int p) { return fields_ahead(j, P, p); };
+  if (place) {
     if (w.byte_table.empty()) {
       switch (w.bits) {
 #define GSM_STORED(B) \
@@ -135,9 +151,9 @@ template <int P> void bytes(const Job& j) {
 #undef GSM_STORED
         default: break;
       }
-    } else if (w.bits == 4 && w.byte_parts == 1) {
+    } else if (w.byte_parts == 1) {
       return run_chunks<Looked<1>, P>(j, Values::bytes, [&](int p, int64_t, int64_t) { return Looked<1>{stored(p), later(p), w.byte_table.data()}; });
-    } else if (w.bits == 4) {
+    } else {
       return run_chunks<Looked<2>, P>(j, Values::bytes, [&](int p, int64_t, int64_t) { return Looked<2>{stored(p), later(p), w.byte_table.data()}; });
     }
   }
@@ -159,15 +175,24 @@ template <int P> void bytes(const Job& j) {
 
 template <int P> void floats(const Job& j) {
   const Weight& w = *j.part.weight;
-  if (w.number == Number::f32 && w.cols % 8 == 0 && j.tokens <= kCopyTokens)
+  const bool place = in_place(w, Path::floats, j.tokens);
+  if (place && w.number == Number::f32)
     return run_chunks<Floats, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
       return Floats{reinterpret_cast<const float*>(w.values) + (j.panel + p) * w.cols * 16, 0, ahead_of(j, P, w.cols * 64)};
     });
-  if (w.number == Number::f16 && w.cols % 8 == 0 && j.tokens <= kUnpackTokens)
+  if (place && w.number == Number::f16)
     return run_chunks<Halves, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
       return Halves{reinterpret_cast<const f16*>(w.values) + (j.panel + p) * w.cols * 16, ahead_of(j, P, w.cols * 32)};
     });
-  const int64_t stretch = chunk_segments(j.tokens, Path::floats, *j.part.sums) * j.part.sums->length;
+  if (place && w.bits == 4)
+    return run_chunks<FloatNibbles, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
+      return FloatNibbles{panel_fields(w, j.panel + p).q4, ahead_of(j, P, w.width() * 8), load(w.small_table)};
+    });
+  if (place)
+    return run_chunks<FloatBytes, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
+      return FloatBytes{panel_fields(w, j.panel + p).q8, ahead_of(j, P, w.width() * 16), w.step, w.zero};
+    });
+  const int64_t stretch = chunk_segments(j.tokens, j.part) * j.part.sums->length;
   const int64_t room = (std::min(stretch, w.width()) + 8) * 16;
   run_chunks<Floats, P>(j, Values::floats, [&](int p, int64_t from, int64_t to) {
     float* out = reinterpret_cast<float*>(j.codes) + p * room;
@@ -177,6 +202,13 @@ template <int P> void floats(const Job& j) {
 }
 
 #if defined(__AVX512BF16__)
+template <int B, int P> void pair_codes(const Job& j) {
+  const Words<B> words(j.part.weight->bf16_table.data());
+  run_chunks<PairCodes<B>, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
+    return PairCodes<B>{panel_fields(*j.part.weight, j.panel + p), fields_ahead(j, P, p), &words};
+  });
+}
+
 template <int P> void pairs(const Job& j) {
   const Weight& w = *j.part.weight;
   if (w.number == Number::bf16)
@@ -185,14 +217,17 @@ template <int P> void pairs(const Job& j) {
                         ahead_of(j, P, w.width() * 32)};
     });
   if (w.bits == 4) {
-    alignas(64) uint16_t table[32];
-    for (int i = 0; i < 32; ++i) table[i] = w.bf16_table[static_cast<size_t>(i & 15)];
-    const __m512i t = _mm512_load_si512(table);
+    const Words<4> words(w.bf16_table.data());
     return run_chunks<PairNibbles, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
-      return PairNibbles{panel_fields(w, j.panel + p).q4, ahead_of(j, P, w.width() * 8), t};
+      return PairNibbles{panel_fields(w, j.panel + p).q4, ahead_of(j, P, w.width() * 8), &words};
     });
   }
-  const int64_t stretch = chunk_segments(j.tokens, Path::pairs, *j.part.sums) * j.part.sums->length;
+  if (in_place(w, Path::pairs, j.tokens)) {
+    if (w.bits == 5) return pair_codes<5, P>(j);
+    if (w.bits == 6) return pair_codes<6, P>(j);
+    return pair_codes<8, P>(j);
+  }
+  const int64_t stretch = chunk_segments(j.tokens, j.part) * j.part.sums->length;
   const int64_t room = (std::min(stretch, w.width()) + 8) * 16;
   run_chunks<PairValues, P>(j, Values::floats, [&](int p, int64_t from, int64_t to) {
     uint16_t* out = reinterpret_cast<uint16_t*>(j.codes) + p * room;
@@ -229,7 +264,7 @@ int panels_at_once(Path path, int64_t tokens) {
 int64_t panel_scratch(int64_t tokens, const PanelPart& part) {
   int64_t bytes = tokens * 256 + 256;  // of totals, when they are added to others
   if (!part.weight) return bytes;
-  const int64_t segments = chunk_segments(tokens, part.form->path, *part.sums);
+  const int64_t segments = chunk_segments(tokens, part);
   const int64_t columns = std::min(segments * part.sums->length, part.weight->width()) + 8;
   return bytes + 4 * (2 * segments * 64 + columns * 16 * (part.form->path == Path::floats ? 4 : 2));
 }
@@ -298,7 +333,7 @@ void panel_totals(const PanelPart& part, int64_t panel, int P, int64_t tokens, f
     for (int p = 0; p < P; ++p) mask_panel(*part.mask, *part.form, panel + p, tokens, result + p * 16, lanes);
     return;
   }
-  const int64_t segments = chunk_segments(tokens, part.form->path, *part.sums);
+  const int64_t segments = chunk_segments(tokens, part);
   Job j{part, panel, tokens, result, nullptr, nullptr, nullptr};
   j.scales = reinterpret_cast<float*>(scratch);
   scratch += aligned(P * segments * 64);

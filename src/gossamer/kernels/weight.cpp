@@ -131,16 +131,13 @@ void prepare_bytes(Weight& w) {
   w.bf16_exact = w.number == Number::bf16;
   if (!w.coded() || w.table_per_row) return;
   const int n = 1 << w.bits;
-  for (int c = 0; w.table && w.bits <= 4 && c < n; ++c) w.small_table[c] = w.table[c];
   w.bf16_exact = true;
   for (int c = 0; c < n; ++c) {
     const float v = w.value(c);
     if (v == v && round_to_bf16(v) != v) w.bf16_exact = false;
   }
-  if (w.bf16_exact && (w.table || w.bits <= 4)) {
-    w.bf16_table.resize(static_cast<size_t>(n));
-    for (int c = 0; c < n; ++c) w.bf16_table[static_cast<size_t>(c)] = to_bf16(w.value(c)).bits;
-  }
+  for (int c = 0; w.bf16_exact && c < std::max(n, 32); ++c) w.bf16_table.push_back(to_bf16(w.value(c & (n - 1))).bits);
+  for (int c = 0; w.bits <= 4 && c < 16; ++c) w.small_table[c] = w.value(c & (n - 1));
   if (!w.table) {
     w.byte_parts = 1;
     w.byte_scale = w.step;

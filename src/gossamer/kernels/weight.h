@@ -49,8 +49,8 @@ struct Weight {
   int byte_parts = 0;  // 0: not at all
   float byte_scale = 1;
   std::vector<uint8_t> byte_table;    // [parts][table_stride()]; empty when the code itself is the byte
-  std::vector<uint16_t> bf16_table;   // [2^bits] when each value is exact in bfloat16 and there is a table or few bits
-  float small_table[16] = {};         // the table, when it has at most 16 entries
+  std::vector<uint16_t> bf16_table;   // [2^bits, at least 32, repeating] values, when each is exact in bfloat16
+  float small_table[16] = {};         // what codes of up to 4 bits stand for
   bool bf16_exact = false;            // every value is a bfloat16
 
   bool coded() const { return number == Number::coded; }
