@@ -1,5 +1,5 @@
-// One persistent team of threads. Work is split statically, so which thread computes what never
-// depends on timing; results never depend on the number of threads.
+// One persistent team of threads. Work is cut into at most as many shares as there are threads, at boundaries that the ops
+// choose so that results depend neither on their number nor on which thread computes what.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -18,12 +18,11 @@ struct Step {
   int64_t rows_per_token;
 };
 
-// Runs the steps one after the other on the whole team, the caller included: one fork, a light barrier between phases,
-// one join. Calls from several threads take turns. An exception of an op is rethrown here; what follows it is left out.
+// Runs the steps one after the other on the whole team, the caller included. Calls from several threads take turns. An exception of an op is rethrown here; what follows it is left out.
 // From inside an op, everything runs on the calling thread.
 void team_steps(const Step* steps, size_t count, int64_t tokens);
 
-// Runs fn(thread, threads) on every thread of the team, the caller included; returns when all are done.
+// Calls fn(share, shares) once for every share, shares at most team_threads(), on the whole team, the caller included; returns when all are done.
 void team_run(const std::function<void(int, int)>& fn);
 
 // The contiguous share of [0, n) that thread `t` of `threads` takes.
