@@ -22,12 +22,17 @@ using std::chrono::microseconds;
 
 // out[i] = in[i - shift] + in[i] + in[i + shift] in its first phase, in = out in the second: wrong in some element when
 // a thread runs ahead of a barrier.
+std::atomic<int> broken_promises{0};  // about the number of shares, see Op::run
+
 class Blur final : public gsm::Op {
  public:
   Blur(float* in, float* out, int64_t shift, bool small) : in_(in), out_(out), shift_(shift), small_(small) {}
+  void check(int64_t) const override { most_ = gsm::team_threads(); }
   int phases(int64_t) const override { return 2; }
   bool alone(int64_t, int phase) const override { return small_ && phase == 1; }
   void run(int64_t rows, int phase, int thread, int threads) override {
+    if (phase == 0) threads_ = threads;
+    if (threads > most_ || (threads != threads_ && !alone(rows, phase))) ++broken_promises;
     const gsm::Range r = gsm::share(rows, thread, threads);
     const int64_t shift = shift_ % rows;
     for (int64_t i = r.begin; i < r.end; ++i)
@@ -39,6 +44,8 @@ class Blur final : public gsm::Op {
   float *const in_, *const out_;
   const int64_t shift_;
   const bool small_;
+  mutable std::atomic<int> most_{0};
+  std::atomic<int> threads_{0};
 };
 
 constexpr int64_t kCapacity = 24;
@@ -267,6 +274,7 @@ void program_cases(bool team_only) {
   exceptions_reach_the_caller();
   inside_an_op_calls_run_alone();
   callers_take_turns();
+  expect(broken_promises == 0, [] { return "an op saw another number of threads than it was told"; });
   sleepers_wake();
   busy_cores_make_the_team_smaller();
   wrong_use_is_refused();

@@ -59,6 +59,7 @@ void Program::run(int64_t tokens) {
     refuse("the program was recorded for up to " + std::to_string(capacity_) + " tokens and cannot run " +
            std::to_string(tokens));
   if (tokens == 0) return;
+  const Turn turn;
   for (const Step& step : steps_) step.op->check(tokens * step.rows_per_token);
   // An op that forks by itself is called between two runs of the team.
   const Step* const end = steps_.data() + steps_.size();

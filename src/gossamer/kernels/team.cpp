@@ -37,8 +37,8 @@ constexpr std::chrono::microseconds kSpin{40};
 constexpr int kPausesPerLook = 32;  // pauses between two looks at the clock
 
 // A wait for the others that is longer than this, and than half of the caller's own share, while the system took cores
-// away from this process: a thread was stopped in the middle of its share, for other programs want the cores too. Work is
-// then cut into half as many shares for kCaution times as long, so that little of the time is lost in such waits.
+// away from this process: a thread was stopped in the middle of its share, for other programs want the cores too. Work
+// is then cut into half as many shares for kCaution times as long, so that little of the time is lost in such waits.
 constexpr std::chrono::microseconds kStall{500};
 constexpr int kCaution = 8;
 
@@ -47,24 +47,21 @@ long preemptions() {
   return getrusage(RUSAGE_SELF, &used) == 0 ? used.ru_nivcsw : 0;
 }
 
-// Set in the threads of the team, and in a caller while it runs: a call from inside an op must not wait for the team.
-thread_local bool t_inside = false;
-
-struct Inside {
-  Inside() { t_inside = true; }
-  ~Inside() { t_inside = false; }
-};
+thread_local bool t_inside = false;  // in an op's run, which must not wait for the team
+thread_local int t_threads = 0;      // the team's size in a turn of this thread
 
 // The first exception of a run; what comes after it is left out.
 class Failure {
  public:
   void call(Op& op, int64_t rows, int phase, int thread, int threads) {
     if (failed_.load(std::memory_order_relaxed)) return;
+    const bool before = std::exchange(t_inside, true);
     try {
       op.run(rows, phase, thread, threads);
     } catch (...) {
       if (!failed_.exchange(true)) error_ = std::current_exception();
     }
+    t_inside = before;
   }
   void rethrow() const {
     if (failed_.load(std::memory_order_relaxed)) std::rethrow_exception(error_);
@@ -76,8 +73,8 @@ class Failure {
 };
 
 // The caller leads: it publishes one phase after the other, each cut into as many shares as there are threads (fewer
-// after a stall). A thread takes the share with its own number, and while it waits any share that nobody has taken. So a
-// thread that the system does not let run holds up nobody unless it stopped in the middle of a share, where a barrier
+// after a stall). A thread takes the share with its own number, and while it waits any share that nobody has taken. So
+// a thread that the system does not let run holds up nobody unless it stopped in the middle of a share, where a barrier
 // for all threads would wait for a time slice in every phase.
 class Team {
  public:
@@ -95,10 +92,15 @@ class Team {
 
   int threads() const { return threads_; }
 
+  // Called before the phases of an op, all of which are cut into equally many shares.
+  void begin_op() {
+    if (next_shares_ < threads_ && Clock::now() >= restore_) next_shares_ = threads_;
+    shares_ = next_shares_;
+  }
+
   void phase(Op& op, int64_t rows, int phase, Failure& failure) {
-    const Clock::time_point start = Clock::now();
-    if (shares_ < threads_ && start >= restore_) shares_ = threads_;
     if (shares_ == 1) return failure.call(op, rows, phase, 0, 1);
+    const Clock::time_point start = Clock::now();
     op_.store(&op, std::memory_order_relaxed);
     rows_.store(rows, std::memory_order_relaxed);
     phase_.store(phase, std::memory_order_relaxed);
@@ -112,8 +114,10 @@ class Team {
     if (idle == Clock::time_point{}) return;
     const Clock::time_point now = Clock::now();
     if (now - idle <= kStall || 2 * (now - idle) <= idle - start) return;
-    if (const long before = std::exchange(preemptions_, preemptions()); before == preemptions_) return;  // uneven shares
-    shares_ = (shares_ + 1) / 2;
+    const long before = preemptions_;
+    preemptions_ = preemptions();
+    if (preemptions_ == before) return;  // the shares are uneven, no more
+    next_shares_ = (shares_ + 1) / 2;
     restore_ = now + kCaution * (now - idle);
   }
 
@@ -126,7 +130,6 @@ class Team {
   static constexpr uint64_t kStop = ~uint64_t{0};
 
   void serve(int t) {
-    t_inside = true;
     Clock::time_point idle;
     for (uint64_t seen = 0;;) {
       wait([this, seen] { return number_now_.load(std::memory_order_acquire) != seen; }, seen, t, idle);
@@ -150,7 +153,8 @@ class Team {
     Failure* const failure = failure_.load(std::memory_order_relaxed);
     std::atomic<uint64_t>& taken = seats_[static_cast<size_t>(number)].taken;
     uint64_t last = taken.load(std::memory_order_relaxed);
-    if (number >= shares || last >= phase_number || !taken.compare_exchange_strong(last, phase_number, std::memory_order_acq_rel)) return;
+    if (number >= shares || last >= phase_number) return;
+    if (!taken.compare_exchange_strong(last, phase_number, std::memory_order_acq_rel)) return;
     failure->call(*op, rows, phase, number, shares);
     if (left_.fetch_sub(1) == 1) wake(seats_[0]);
   }
@@ -199,9 +203,9 @@ class Team {
 
   const int threads_;
   std::vector<Seat> seats_;
-  uint64_t number_ = 0;  // the caller's, as the next two
-  int shares_ = threads_;
-  Clock::time_point restore_{};  // when they become as many as there are threads again
+  uint64_t number_ = 0;                             // the caller's, as all up to preemptions_
+  int shares_ = threads_, next_shares_ = threads_;  // of this op, of the next one
+  Clock::time_point restore_{};                     // when they become as many as there are threads again
   long preemptions_ = preemptions();
   std::atomic<Op*> op_{nullptr};
   std::atomic<int64_t> rows_{0};
@@ -224,15 +228,15 @@ void forget_team_in_child() {
   new (&g_mutex) std::mutex();
 }
 
-// With the mutex held.
+// In a turn.
 Team& the_team() {
   static const int registered = pthread_atfork(nullptr, nullptr, forget_team_in_child);
   (void)registered;
-  if (g_team && g_team->threads() != g_threads) {
+  if (g_team && g_team->threads() != t_threads) {
     delete g_team;
     g_team = nullptr;
   }
-  if (!g_team) g_team = new Team(g_threads);
+  if (!g_team) g_team = new Team(t_threads);
   return *g_team;
 }
 
@@ -246,8 +250,9 @@ void each_phase(const Step* steps, size_t count, int64_t tokens, const One& one)
   }
 }
 
+// So small that the team need not even exist.
 bool alone_throughout(const Step* steps, size_t count, int64_t tokens) {
-  if (count != 1) return false;  // a program is worth the team
+  if (count != 1) return false;
   bool alone = true;
   each_phase(steps, count, tokens, [&](Op& op, int64_t rows, int phase) { alone = alone && op.alone(rows, phase); });
   return alone;
@@ -264,24 +269,36 @@ class FunctionOp final : public Op {
 
 }  // namespace
 
-int team_threads() { return t_inside ? 1 : g_threads.load(std::memory_order_relaxed); }
+int team_threads() { return t_inside ? 1 : t_threads ? t_threads : g_threads.load(std::memory_order_relaxed); }
 
 void set_team_threads(int n) {
   if (n < 1 || n > 256) throw std::invalid_argument("threads must lie between 1 and 256");
   g_threads = n;
 }
 
+Turn::Turn() : first_(!t_inside && t_threads == 0) {
+  if (!first_) return;
+  g_mutex.lock();
+  t_threads = g_threads;
+}
+
+Turn::~Turn() {
+  if (!first_) return;
+  t_threads = 0;
+  g_mutex.unlock();
+}
+
 void team_steps(const Step* steps, size_t count, int64_t tokens) {
+  const Turn turn;
   Failure failure;
   const auto here = [&](Op& op, int64_t rows, int phase) { failure.call(op, rows, phase, 0, 1); };
   if (t_inside || alone_throughout(steps, count, tokens)) {
     each_phase(steps, count, tokens, here);
   } else {
-    std::lock_guard lock(g_mutex);
     Team& team = the_team();
-    const Inside inside;
     each_phase(steps, count, tokens, [&](Op& op, int64_t rows, int phase) {
-      if (team.threads() == 1 || op.alone(rows, phase)) here(op, rows, phase);
+      if (phase == 0) team.begin_op();
+      if (op.alone(rows, phase)) here(op, rows, phase);
       else team.phase(op, rows, phase, failure);
     });
   }
@@ -295,6 +312,7 @@ void team_run(const std::function<void(int, int)>& fn) {
 }
 
 void run_now(Op& op, int64_t rows) {
+  const Turn turn;
   op.check(rows);
   const Step step{&op, rows};
   if (rows > 0) team_steps(&step, 1, 1);
