@@ -20,10 +20,10 @@ using check::Block;
 using check::expect;
 using std::chrono::microseconds;
 
-// out[i] = in[i - shift] + in[i] + in[i + shift] in its first phase, in = out in the second: wrong in some element when
-// a thread runs ahead of a barrier.
 std::atomic<int> broken_promises{0};  // about the number of shares, see Op::run
 
+// out[i] = a weighted mean of in[i - shift], in[i] and in[i + shift] in the first phase, in = out in the second: wrong
+// in some element when a phase begins before the last has ended.
 class Blur final : public gsm::Op {
  public:
   Blur(float* in, float* out, int64_t shift, bool small) : in_(in), out_(out), shift_(shift), small_(small) {}
