@@ -18,15 +18,21 @@ namespace {
 
 using check::Block;
 using check::expect;
+using std::chrono::microseconds;
 
-// out[i] = in[i - shift] + in[i] + in[i + shift] in its first phase, in = out in the second: wrong in some element when
-// a thread runs ahead of a barrier.
+std::atomic<int> broken_promises{0};  // about the number of shares, see Op::run
+
+// out[i] = a weighted mean of in[i - shift], in[i] and in[i + shift] in the first phase, in = out in the second: wrong
+// in some element when a phase begins before the last has ended.
 class Blur final : public gsm::Op {
  public:
   Blur(float* in, float* out, int64_t shift, bool small) : in_(in), out_(out), shift_(shift), small_(small) {}
+  void check(int64_t) const override { most_ = gsm::team_threads(); }
   int phases(int64_t) const override { return 2; }
   bool alone(int64_t, int phase) const override { return small_ && phase == 1; }
   void run(int64_t rows, int phase, int thread, int threads) override {
+    if (phase == 0) threads_ = threads;
+    if (threads > most_ || (threads != threads_ && !alone(rows, phase))) ++broken_promises;
     const gsm::Range r = gsm::share(rows, thread, threads);
     const int64_t shift = shift_ % rows;
     for (int64_t i = r.begin; i < r.end; ++i)
@@ -38,6 +44,8 @@ class Blur final : public gsm::Op {
   float *const in_, *const out_;
   const int64_t shift_;
   const bool small_;
+  mutable std::atomic<int> most_{0};
+  std::atomic<int> threads_{0};
 };
 
 constexpr int64_t kCapacity = 24;
@@ -87,6 +95,16 @@ std::string error_of(Call call) {
   return "";
 }
 
+// A stalled team may cut the work into fewer shares than it has threads.
+bool every_share_runs() {
+  std::atomic<int> ran{0}, all{0};
+  gsm::team_run([&](int, int threads) {
+    ++ran;
+    all = threads;
+  });
+  return ran == all && all >= 1 && all <= gsm::team_threads();
+}
+
 class Failing final : public gsm::Op {
  public:
   Failing(int thread, std::atomic<int>& after) : thread_(thread), after_(after) {}
@@ -108,12 +126,11 @@ void exceptions_reach_the_caller() {
       std::atomic<int> after{0};
       Failing op(thrower, after);
       const std::string error = error_of([&] { gsm::run_now(op, 8); });
+      if (error.empty() && thrower > 0) continue;  // fewer shares than threads, for once
       expect(error == "thrown by thread " + std::to_string(thrower), [&] { return "an exception became: " + error; });
       expect(after == 0, [] { return "phases ran after an exception"; });
     }
-    std::atomic<int> ran{0};
-    gsm::team_run([&](int, int) { ++ran; });
-    expect(ran == threads, [] { return "the team does not work after an exception"; });
+    expect(every_share_runs(), [] { return "the team does not work after an exception"; });
   }
 }
 
@@ -159,7 +176,7 @@ void inside_an_op_calls_run_alone() {
     });
     wrong += gsm::team_threads() != 1;
   });
-  expect(inner == 3 && wrong == 0, [] { return "a call from inside an op does not run alone"; });
+  expect(inner >= 1 && inner <= 3 && wrong == 0, [] { return "a call from inside an op does not run alone"; });
   expect(gsm::team_threads() == 3, [] { return "the number of threads is lost"; });
 }
 
@@ -186,18 +203,44 @@ void callers_take_turns() {
 
 // Threads that sleep must be woken: pauses longer than the spin, between runs and inside of them.
 void sleepers_wake() {
-  using std::chrono::microseconds;
   gsm::set_team_threads(3);
   for (int pause : {0, 20, 40, 60, 500})
     for (int late = 0; late < 3; ++late) {
-      std::atomic<int> ran{0};
-      gsm::team_run([&](int thread, int) {
+      std::atomic<int> ran{0}, all{0};
+      gsm::team_run([&](int thread, int threads) {
         if (thread == late) std::this_thread::sleep_for(microseconds(pause));
         ++ran;
+        all = threads;
       });
-      expect(ran == 3, [] { return "a run ended without all threads"; });
+      expect(ran == all, [] { return "a run ended without all its shares"; });
       std::this_thread::sleep_for(microseconds(pause));
     }
+}
+
+// With more busy threads than cores the team soon gets smaller, and when they have ended it gets its size back.
+void busy_cores_make_the_team_smaller() {
+  gsm::set_team_threads(2);
+  const auto comes_to = [](int want) {
+    std::atomic<int> shares{0};
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    while (shares != want && std::chrono::steady_clock::now() < end)
+      gsm::team_run([&](int, int threads) {
+        shares = threads;
+        for (volatile int i = 0; i < 100000; i = i + 1) {}
+      });
+    return shares == want;
+  };
+  expect(comes_to(2), [] { return "a team never uses all its threads"; });
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> busy;
+  for (unsigned i = 0; i < 2 * std::thread::hardware_concurrency(); ++i)
+    busy.emplace_back([&stop] {
+      while (!stop.load(std::memory_order_relaxed)) {}
+    });
+  expect(comes_to(1), [] { return "a team waits for its threads among busy programs"; });
+  stop = true;
+  for (std::thread& thread : busy) thread.join();
+  expect(comes_to(2), [] { return "a team stays small for ever"; });
 }
 
 // A child has its parent's programs and threads of its own.
@@ -231,7 +274,9 @@ void program_cases(bool team_only) {
   exceptions_reach_the_caller();
   inside_an_op_calls_run_alone();
   callers_take_turns();
+  expect(broken_promises == 0, [] { return "an op saw another number of threads than it was told"; });
   sleepers_wake();
+  busy_cores_make_the_team_smaller();
   wrong_use_is_refused();
   // ThreadSanitizer does not support threads in the child of a process that had threads.
   if (!team_only)

@@ -160,12 +160,9 @@ void angles(int64_t rows, int64_t half, check::Random& random) {
   const auto error = [](int64_t) { return kUnit; };  // half a unit in the last place of what is at most 1
   const auto cos = [&](int64_t i) { return std::cos(static_cast<double>(angle(i))); };
   const auto sin = [&](int64_t i) { return std::sin(static_cast<double>(angle(i))); };
-  at_every_level(shape("cosines", rows, half), rows * half, nullptr,
-                 [&](float* out) { now(gsm::angles_op(positions.data(), frequencies.data(), out, other.data(), half), rows); },
-                 cos, error);
-  at_every_level(shape("sines", rows, half), rows * half, nullptr,
-                 [&](float* out) { now(gsm::angles_op(positions.data(), frequencies.data(), other.data(), out, half), rows); },
-                 sin, error);
+  const auto call = [&](float* c, float* s) { now(gsm::angles_op(positions.data(), frequencies.data(), c, s, half), rows); };
+  at_every_level(shape("cosines", rows, half), rows * half, nullptr, [&](float* out) { call(out, other.data()); }, cos, error);
+  at_every_level(shape("sines", rows, half), rows * half, nullptr, [&](float* out) { call(other.data(), out); }, sin, error);
 }
 
 // ---------------------------------------------------------------- logits

@@ -43,8 +43,8 @@ void rope(nb::handle q_, nb::handle k_, nb::handle cos_, nb::handle sin_) {
   if (2 * cos.size(1) > q.size(2))
     refuse("cos has " + std::to_string(cos.size(1)) + " angles, more than half of the " + std::to_string(q.size(2)) +
            " dimensions of q");
-  run_or_record(gsm::rope_op({q.data(), k.data(), cos.data(), sin.data(), q.size(1), k.size(1), q.size(2), cos.size(1)}),
-         q.size(0));
+  const gsm::Rope r{q.data(), k.data(), cos.data(), sin.data(), q.size(1), k.size(1), q.size(2), cos.size(1)};
+  run_or_record(gsm::rope_op(r), q.size(0));
 }
 
 void angles(nb::handle positions_, nb::handle frequencies_, nb::handle cos_, nb::handle sin_) {
@@ -56,7 +56,7 @@ void angles(nb::handle positions_, nb::handle frequencies_, nb::handle cos_, nb:
   cos.need_shape({positions.size(0), frequencies.size(0)});
   sin.need_shape({positions.size(0), frequencies.size(0)});
   run_or_record(gsm::angles_op(positions.data(), frequencies.data(), cos.data(), sin.data(), frequencies.size(0)),
-         positions.size(0));
+                positions.size(0));
 }
 
 void gated(const char* kind, nb::handle gate_, nb::handle up_, nb::handle out_) {

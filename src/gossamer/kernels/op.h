@@ -14,14 +14,17 @@ namespace gsm {
 struct Op {
   virtual ~Op() = default;
   // Throws std::invalid_argument when a step input holds what the op cannot take. Called by one thread before
-  // anything of the run has been written, each time.
+  // anything of the run has been written, each time; team_threads() is then that of the run. It must not run anything.
   virtual void check(int64_t /*rows*/) const {}
-  // A barrier lies between phases, and between ops.
+  // A phase begins when the one before it, or the op before, is done.
   virtual int phases(int64_t /*rows*/) const { return 1; }
-  // Whether a phase is too small to share: the first thread then runs it as thread 0 of 1, and no barrier lies between
-  // two such phases in a row.
+  // Whether a phase is too small to share: the caller then runs it as thread 0 of 1, and no other thread is waited for.
   virtual bool alone(int64_t /*rows*/, int /*phase*/) const { return false; }
-  // Called by all threads for each phase. An exception is carried to the caller; the rest of the run is left out.
+  // Computes share `thread` of `threads` of a phase. `threads` is at most what team_threads() was in the check, and the
+  // same in all phases of a run that are not alone; it may differ from run to run. Called once for each share, by any
+  // thread of the team, which may run several: so a share must neither wait for another nor leave something in memory
+  // of the thread for a later one.
+  // An exception is carried to the caller; the rest of the run is left out.
   virtual void run(int64_t rows, int phase, int thread, int threads) = 0;
 };
 

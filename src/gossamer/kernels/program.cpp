@@ -58,6 +58,7 @@ void Program::run(int64_t tokens) {
     refuse("the program was recorded for up to " + std::to_string(capacity_) + " tokens and cannot run " +
            std::to_string(tokens));
   if (tokens == 0) return;
+  const Turn turn;
   for (const Step& step : steps_) step.op->check(tokens * step.rows_per_token);
   team_steps(steps_.data(), steps_.size(), tokens);
 }

@@ -1,4 +1,5 @@
-// A recorded list of ops over arrays at fixed addresses, replayed by the team for any number of tokens up to a capacity.
+// A recorded list of ops over arrays at fixed addresses, which the team replays for any number of tokens up to a
+// capacity.
 #pragma once
 #include <cstdint>
 #include <memory>

@@ -1,6 +1,7 @@
 #include "team.h"
 
 #include <pthread.h>
+#include <sys/resource.h>
 
 #include <atomic>
 #include <chrono>
@@ -12,6 +13,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "op.h"
@@ -27,60 +29,56 @@ inline void relax() {
 #endif
 }
 
-// How long a thread spins before it sleeps: threads of a run meet within a few microseconds, and the next step of a
-// decode comes within a few tens. Longer would burn an idle core, and when there are more threads than cores it would
-// keep a core from the very thread that is waited for.
+// How long a thread spins before it sleeps: the phases of a run follow each other within a few microseconds, and the
+// steps of a decode within a few tens. Longer would burn an idle core, and when there are more threads than cores it
+// would keep a core from the very thread that is waited for.
+using Clock = std::chrono::steady_clock;
 constexpr std::chrono::microseconds kSpin{40};
 constexpr int kPausesPerLook = 32;  // pauses between two looks at the clock
 
-// Set in the threads of the team, and in a caller while it runs: a call from inside an op must not wait for the team.
-thread_local bool t_inside = false;
+// A wait for the others that is longer than this, and than half of the caller's own share, while the system took cores
+// away from this process: a thread was stopped in the middle of its share, for other programs want the cores too. Work
+// is then cut into half as many shares for kCaution times as long, so that little of the time is lost in such waits.
+constexpr std::chrono::microseconds kStall{500};
+constexpr int kCaution = 8;
 
-// Everything of a run that one thread does, barriers apart; an exception ends the work but not the meeting.
-class Run {
+long preemptions() {
+  rusage used;
+  return getrusage(RUSAGE_SELF, &used) == 0 ? used.ru_nivcsw : 0;
+}
+
+thread_local bool t_inside = false;  // in an op's run, which must not wait for the team
+thread_local int t_threads = 0;      // the team's size in a turn of this thread
+
+// The first exception of a run; what comes after it is left out.
+class Failure {
  public:
-  Run(const Step* steps, size_t count, int64_t tokens) : steps_(steps), count_(count), tokens_(tokens) {}
-
-  template <class Barrier>
-  void work(int thread, int threads, const Barrier& barrier) {
-    bool first = true, last_alone = false;
-    for (size_t i = 0; i < count_; ++i) {
-      Op& op = *steps_[i].op;
-      const int64_t rows = tokens_ * steps_[i].rows_per_token;
-      const int phases = op.phases(rows);
-      for (int phase = 0; phase < phases; ++phase) {
-        const bool alone = op.alone(rows, phase);
-        if (!first && !(alone && last_alone)) barrier();
-        first = false;
-        last_alone = alone;
-        if ((alone && thread != 0) || failed_.load(std::memory_order_relaxed)) continue;
-        try {
-          op.run(rows, phase, alone ? 0 : thread, alone ? 1 : threads);
-        } catch (...) {
-          if (!failed_.exchange(true)) error_ = std::current_exception();
-        }
-      }
+  void call(Op& op, int64_t rows, int phase, int thread, int threads) {
+    if (failed_.load(std::memory_order_relaxed)) return;
+    const bool before = std::exchange(t_inside, true);
+    try {
+      op.run(rows, phase, thread, threads);
+    } catch (...) {
+      if (!failed_.exchange(true)) error_ = std::current_exception();
     }
+    t_inside = before;
   }
-
-  // Once all threads have met for the last time.
-  void rethrow() {
+  void rethrow() const {
     if (failed_.load(std::memory_order_relaxed)) std::rethrow_exception(error_);
   }
 
  private:
-  const Step* const steps_;
-  const size_t count_;
-  const int64_t tokens_;
   std::atomic<bool> failed_{false};
   std::exception_ptr error_;
 };
 
-// The threads advance through epochs together: the caller begins one with a new run, the last to arrive at a barrier
-// begins the next. Each worker counts the epochs it has seen.
+// The caller leads: it publishes one phase after the other, each cut into as many shares as there are threads (fewer
+// after a stall). A thread takes the share with its own number, and while it waits any share that nobody has taken. So
+// a thread that the system does not let run holds up nobody unless it stopped in the middle of a share, where a barrier
+// for all threads would wait for a time slice in every phase.
 class Team {
  public:
-  explicit Team(int threads) : threads_(threads) {
+  explicit Team(int threads) : threads_(threads), seats_(static_cast<size_t>(threads)) {
     try {
       for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { serve(t); });
     } catch (const std::system_error&) {
@@ -94,73 +92,127 @@ class Team {
 
   int threads() const { return threads_; }
 
-  void go(Run& run) {
-    run_ = &run;
-    advance();
-    ++seen_;
-    run.work(0, threads_, [this] { meet(seen_); });
-    meet(seen_);
+  // Called before the phases of an op, all of which are cut into equally many shares.
+  void begin_op() {
+    if (next_shares_ < threads_ && Clock::now() >= restore_) next_shares_ = threads_;
+    shares_ = next_shares_;
+  }
+
+  void phase(Op& op, int64_t rows, int phase, Failure& failure) {
+    if (shares_ == 1) return failure.call(op, rows, phase, 0, 1);
+    const Clock::time_point start = Clock::now();
+    op_.store(&op, std::memory_order_relaxed);
+    rows_.store(rows, std::memory_order_relaxed);
+    phase_.store(phase, std::memory_order_relaxed);
+    failure_.store(&failure, std::memory_order_relaxed);
+    cut_.store(shares_, std::memory_order_relaxed);
+    left_.store(shares_, std::memory_order_relaxed);
+    announce(++number_);
+    take(0, number_);
+    Clock::time_point idle{};
+    wait([this] { return left_.load(std::memory_order_acquire) == 0; }, number_, 0, idle);
+    if (idle == Clock::time_point{}) return;
+    const Clock::time_point now = Clock::now();
+    if (now - idle <= kStall || 2 * (now - idle) <= idle - start) return;
+    const long before = preemptions_;
+    preemptions_ = preemptions();
+    if (preemptions_ == before) return;  // the shares are uneven, no more
+    next_shares_ = (shares_ + 1) / 2;
+    restore_ = now + kCaution * (now - idle);
   }
 
  private:
+  // On a line of memory of its own, so that taking one's share disturbs nobody.
+  struct alignas(64) Seat {
+    std::atomic<uint64_t> taken{0};   // the last phase whose share of this number was taken
+    std::atomic<uint32_t> asleep{0};  // whether the thread of this number sleeps, or is about to
+  };
+  static constexpr uint64_t kStop = ~uint64_t{0};
+
+  void serve(int t) {
+    Clock::time_point idle;
+    for (uint64_t seen = 0;;) {
+      wait([this, seen] { return number_now_.load(std::memory_order_acquire) != seen; }, seen, t, idle);
+      seen = number_now_.load(std::memory_order_acquire);
+      if (seen == kStop) return;
+      take(t, seen);
+    }
+  }
+
   void dismiss() {
-    run_ = nullptr;
-    advance();
+    announce(kStop);
     for (auto& worker : workers_) worker.join();
   }
 
-  void serve(int t) {
-    t_inside = true;
-    for (uint32_t seen = 0;;) {
-      await(seen);
-      ++seen;
-      if (!run_) return;
-      run_->work(t, threads_, [this, &seen] { meet(seen); });
-      meet(seen);
+  // Runs a share of a phase, unless it was taken. What a phase consists of is read first and may be that of a later one
+  // already, but then all shares of this one have been taken and the exchange fails.
+  void take(int number, uint64_t phase_number) {
+    Op* const op = op_.load(std::memory_order_relaxed);
+    const int64_t rows = rows_.load(std::memory_order_relaxed);
+    const int phase = phase_.load(std::memory_order_relaxed), shares = cut_.load(std::memory_order_relaxed);
+    Failure* const failure = failure_.load(std::memory_order_relaxed);
+    std::atomic<uint64_t>& taken = seats_[static_cast<size_t>(number)].taken;
+    uint64_t last = taken.load(std::memory_order_relaxed);
+    if (number >= shares || last >= phase_number) return;
+    if (!taken.compare_exchange_strong(last, phase_number, std::memory_order_acq_rel)) return;
+    failure->call(*op, rows, phase, number, shares);
+    if (left_.fetch_sub(1) == 1) wake(seats_[0]);
+  }
+
+  // Spins, runs what shares of the phase are left, spins, sleeps. `idle` is set to when nothing was left to do, if the
+  // wait went on from there.
+  template <class Done>
+  void wait(const Done& done, uint64_t phase_number, int t, Clock::time_point& idle) {
+    if (soon(done)) return;  // most waits end here, before the clock is read
+    if (t < cut_.load(std::memory_order_relaxed))
+      for (int i = 1; i < threads_; ++i) take((t + i) % threads_, phase_number);
+    idle = Clock::now();
+    while (Clock::now() < idle + kSpin)
+      if (soon(done)) return;
+    Seat& seat = seats_[static_cast<size_t>(t)];
+    while (!done()) {
+      // In the default order (sequentially consistent) either the sleeper sees what it waits for, or whoever brings it
+      // about sees the sleeper.
+      if (t != 0) sleepers_.fetch_add(1);
+      seat.asleep.store(1);
+      if (done()) wake(seat);
+      else seat.asleep.wait(1);
     }
   }
 
-  void meet(uint32_t& seen) {
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-      arrived_.store(0, std::memory_order_relaxed);  // nobody arrives again before the epoch has moved
-      advance();
-    } else {
-      await(seen);
-    }
-    ++seen;
-  }
-
-  // The default order (sequentially consistent) makes sure that either the sleeper sees the new epoch or the one who
-  // moves it sees the sleeper.
-  void advance() {
-    epoch_.fetch_add(1);
-    if (sleepers_.load() > 0) epoch_.notify_all();
-  }
-
-  void await(uint32_t seen) {
-    if (moves(seen)) return;  // most waits end here, before the clock is read
-    const auto end = std::chrono::steady_clock::now() + kSpin;
-    while (std::chrono::steady_clock::now() < end)
-      if (moves(seen)) return;
-    sleepers_.fetch_add(1);
-    while (epoch_.load() == seen) epoch_.wait(seen);
-    sleepers_.fetch_sub(1, std::memory_order_relaxed);
-  }
-
-  bool moves(uint32_t seen) const {
+  template <class Done>
+  static bool soon(const Done& done) {
     for (int i = 0; i < kPausesPerLook; ++i) {
-      if (epoch_.load(std::memory_order_acquire) != seen) return true;
+      if (done()) return true;
       relax();
     }
     return false;
   }
 
+  void announce(uint64_t number) {
+    number_now_.store(number);
+    if (sleepers_.load() > 0)
+      for (int t = 1; t < threads_; ++t) wake(seats_[static_cast<size_t>(t)]);
+  }
+
+  void wake(Seat& seat) {
+    if (seat.asleep.load() == 0 || seat.asleep.exchange(0) == 0) return;
+    if (&seat != &seats_[0]) sleepers_.fetch_sub(1);
+    seat.asleep.notify_one();
+  }
+
   const int threads_;
-  Run* run_ = nullptr;
-  uint32_t seen_ = 0;  // the caller's
-  // A line of memory each: spinning on one must not slow down writes to another.
-  alignas(64) std::atomic<uint32_t> epoch_{0};
-  alignas(64) std::atomic<int> arrived_{0};
+  std::vector<Seat> seats_;
+  uint64_t number_ = 0;                             // the caller's, as all up to preemptions_
+  int shares_ = threads_, next_shares_ = threads_;  // of this op, of the next one
+  Clock::time_point restore_{};                     // when they become as many as there are threads again
+  long preemptions_ = preemptions();
+  std::atomic<Op*> op_{nullptr};
+  std::atomic<int64_t> rows_{0};
+  std::atomic<int> phase_{0}, cut_{0};
+  std::atomic<Failure*> failure_{nullptr};
+  alignas(64) std::atomic<uint64_t> number_now_{0};
+  alignas(64) std::atomic<int> left_{0};  // shares of the phase that are not done
   alignas(64) std::atomic<int> sleepers_{0};
   std::vector<std::thread> workers_;
 };
@@ -176,24 +228,34 @@ void forget_team_in_child() {
   new (&g_mutex) std::mutex();
 }
 
-// With the mutex held.
+// In a turn.
 Team& the_team() {
   static const int registered = pthread_atfork(nullptr, nullptr, forget_team_in_child);
   (void)registered;
-  if (g_team && g_team->threads() != g_threads) {
+  if (g_team && g_team->threads() != t_threads) {
     delete g_team;
     g_team = nullptr;
   }
-  if (!g_team) g_team = new Team(g_threads);
+  if (!g_team) g_team = new Team(t_threads);
   return *g_team;
 }
 
+// Calls one(op, rows, phase) for each phase.
+template <class One>
+void each_phase(const Step* steps, size_t count, int64_t tokens, const One& one) {
+  for (size_t i = 0; i < count; ++i) {
+    Op& op = *steps[i].op;
+    const int64_t rows = tokens * steps[i].rows_per_token;
+    for (int phase = 0, phases = op.phases(rows); phase < phases; ++phase) one(op, rows, phase);
+  }
+}
+
+// So small that the team need not even exist.
 bool alone_throughout(const Step* steps, size_t count, int64_t tokens) {
-  if (count != 1) return false;  // a program is worth the team
-  const int64_t rows = tokens * steps[0].rows_per_token;
-  for (int phase = 0, phases = steps[0].op->phases(rows); phase < phases; ++phase)
-    if (!steps[0].op->alone(rows, phase)) return false;
-  return true;
+  if (count != 1) return false;
+  bool alone = true;
+  each_phase(steps, count, tokens, [&](Op& op, int64_t rows, int phase) { alone = alone && op.alone(rows, phase); });
+  return alone;
 }
 
 class FunctionOp final : public Op {
@@ -207,25 +269,40 @@ class FunctionOp final : public Op {
 
 }  // namespace
 
-int team_threads() { return t_inside ? 1 : g_threads.load(std::memory_order_relaxed); }
+int team_threads() { return t_inside ? 1 : t_threads ? t_threads : g_threads.load(std::memory_order_relaxed); }
 
 void set_team_threads(int n) {
   if (n < 1 || n > 256) throw std::invalid_argument("threads must lie between 1 and 256");
   g_threads = n;
 }
 
+Turn::Turn() : first_(!t_inside && t_threads == 0) {
+  if (!first_) return;
+  g_mutex.lock();
+  t_threads = g_threads;
+}
+
+Turn::~Turn() {
+  if (!first_) return;
+  t_threads = 0;
+  g_mutex.unlock();
+}
+
 void team_steps(const Step* steps, size_t count, int64_t tokens) {
-  Run run(steps, count, tokens);
+  const Turn turn;
+  Failure failure;
+  const auto here = [&](Op& op, int64_t rows, int phase) { failure.call(op, rows, phase, 0, 1); };
   if (t_inside || alone_throughout(steps, count, tokens)) {
-    run.work(0, 1, [] {});
+    each_phase(steps, count, tokens, here);
   } else {
-    std::lock_guard lock(g_mutex);
     Team& team = the_team();
-    t_inside = true;
-    team.go(run);
-    t_inside = false;
+    each_phase(steps, count, tokens, [&](Op& op, int64_t rows, int phase) {
+      if (phase == 0) team.begin_op();
+      if (op.alone(rows, phase)) here(op, rows, phase);
+      else team.phase(op, rows, phase, failure);
+    });
   }
-  run.rethrow();
+  failure.rethrow();
 }
 
 void team_run(const std::function<void(int, int)>& fn) {
@@ -235,6 +312,7 @@ void team_run(const std::function<void(int, int)>& fn) {
 }
 
 void run_now(Op& op, int64_t rows) {
+  const Turn turn;
   op.check(rows);
   const Step step{&op, rows};
   if (rows > 0) team_steps(&step, 1, 1);

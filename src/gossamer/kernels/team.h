@@ -1,5 +1,5 @@
-// One persistent team of threads. Work is split statically, so which thread computes what never
-// depends on timing; results never depend on the number of threads.
+// One persistent team of threads. Work is cut into at most as many shares as there are threads, at boundaries that the
+// ops choose so that results depend neither on their number nor on which thread computes what.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,6 +9,7 @@ namespace gsm {
 
 struct Op;
 
+// How many threads the next run has; in an op's run, 1.
 int team_threads();
 void set_team_threads(int n);  // 1..256, throws std::invalid_argument otherwise
 
@@ -18,12 +19,24 @@ struct Step {
   int64_t rows_per_token;
 };
 
-// Runs the steps one after the other on the whole team, the caller included: one fork, a light barrier between phases,
-// one join. Calls from several threads take turns. An exception of an op is rethrown here; what follows it is left out.
-// From inside an op, everything runs on the calling thread.
+// While it lives, the team is this thread's: runs of other threads wait, and team_threads() does not change.
+class Turn {
+ public:
+  Turn();
+  ~Turn();
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  const bool first_;  // false within another turn of this thread, and in an op's run
+};
+
+// Runs the steps one after the other on the whole team, the caller included, in a turn. Their checks are the caller's.
+// An exception of an op is rethrown here; what follows it is left out. From inside an op, everything runs on the
+// calling thread.
 void team_steps(const Step* steps, size_t count, int64_t tokens);
 
-// Runs fn(thread, threads) on every thread of the team, the caller included; returns when all are done.
+// Calls fn(share, shares) once for every share, on the whole team, the caller included; returns when all are done.
 void team_run(const std::function<void(int, int)>& fn);
 
 // The contiguous share of [0, n) that thread `t` of `threads` takes.
