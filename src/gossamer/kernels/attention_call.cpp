@@ -14,7 +14,8 @@ namespace {
 
 void need_token(int64_t s, int64_t p, int64_t least, int64_t sequences, int64_t slots) {
   if (s < 0 || s >= sequences)
-    refuse("sequence holds " + std::to_string(s) + ", outside of the " + std::to_string(sequences) + " rows of tables");
+    refuse("sequence holds " + std::to_string(s) + ", outside of the " + std::to_string(sequences) +
+           " rows of tables");
   if (p < least || p >= slots)
     refuse("positions holds " + std::to_string(p) + ", outside of the " + std::to_string(slots) +
            " slots of a row of tables");
@@ -22,8 +23,8 @@ void need_token(int64_t s, int64_t p, int64_t least, int64_t sequences, int64_t 
 
 void need_block(const int32_t* tables, int64_t max_blocks, int64_t s, int64_t i, int64_t blocks) {
   if (const int64_t b = tables[s * max_blocks + i]; b < 0 || b >= blocks)
-    refuse("tables[" + std::to_string(s) + ", " + std::to_string(i) + "] is " + std::to_string(b) + ", outside of the " +
-           std::to_string(blocks) + " blocks of the pool");
+    refuse("tables[" + std::to_string(s) + ", " + std::to_string(i) + "] is " + std::to_string(b) +
+           ", outside of the " + std::to_string(blocks) + " blocks of the pool");
 }
 
 }  // namespace
@@ -48,7 +49,8 @@ void check_attention(const Attention& a, int64_t sequences, int64_t blocks) {
       high = p > high ? p : high;
     }
     if (high < 0) continue;
-    for (int64_t i = low / a.pool.block; i <= high / a.pool.block; ++i) need_block(a.tables, a.max_blocks, s, i, blocks);
+    for (int64_t i = low / a.pool.block; i <= high / a.pool.block; ++i)
+      need_block(a.tables, a.max_blocks, s, i, blocks);
   }
 }
 
@@ -57,8 +59,8 @@ int attention_phases(const Attention& a) { return plan_of(a).split ? 2 : 1; }
 int64_t attention_scratch(const Attention& a) {
   const int64_t width = (a.pool.dim + 15) / 16 * 16, state = kTileRows * (width + 2);
   const int64_t segments = (a.max_blocks * a.pool.block + kSegment - 1) / kSegment;
-  // Queries (two planes), scores, weights (two planes of bytes), the state of a segment and of the whole, and the states
-  // of the segments of one tile that another thread merges.
+  // Queries (two planes), scores, weights (two planes of bytes), the state of a segment and of the whole, and the
+  // states of the segments of one tile that another thread merges.
   const int64_t floats = kTileRows * (2 * width + kSegment + kSegment / 2) + (segments + 2) * state;
   return (floats + 15) / 16 * 16;
 }
@@ -78,7 +80,8 @@ void attention(const Attention& call) {
     if (const int64_t p = a.positions[m]; p >= 0) visible += p + 1 - first_visible(p, a.window);
   const bool alone = team_threads() == 1 || visible * a.heads * a.pool.dim / 4 < kTeamWork;
   const int threads = alone ? 1 : team_threads();
-  a.scratch = static_cast<float*>(thread_scratch(0, static_cast<size_t>(threads * attention_scratch(a)) * sizeof(float)));
+  const auto floats = static_cast<size_t>(threads * attention_scratch(a));
+  a.scratch = static_cast<float*>(thread_scratch(0, floats * sizeof(float)));
   for (int phase = 0; phase < attention_phases(a); ++phase) {
     // The shares stay those of `threads` even if the team's size changes meanwhile.
     const auto part = [&](int t, int n) {

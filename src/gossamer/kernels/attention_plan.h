@@ -1,13 +1,14 @@
-// How the work of a call is cut. A tile is up to kTileRows consecutive (token, query head) pairs of one sequence and one
-// key-value head; its keys are handled in segments of kSegment absolute positions. Tiles in order (head, token), each
-// with its segments in order, form a line of costs, of which every thread takes an equal length. Nothing here depends
-// on timing, and nothing in a row's result depends on where the line is cut.
+// How the work of a call is cut. A tile is up to kTileRows consecutive (token, query head) pairs of one sequence and
+// one key-value head; its keys are handled in segments of kSegment absolute positions. Tiles in order (head, token),
+// each with its segments in order, form a line of costs, of which every thread takes an equal length. Nothing here
+// depends on timing, and nothing in a row's result depends on where the line is cut.
 #pragma once
 #include <cstdint>
 
 #include "attention.h"
 
 namespace gsm {
+namespace {  // every file its own: a shared inline function could come from one compiled for another level
 
 constexpr int kTileRows = 8;
 constexpr int kSegment = 256;
@@ -32,7 +33,7 @@ struct Tile {
 
 // Calls fn(tile) for the tiles of one key-value head.
 template <class Fn>
-static inline void each_tile(const Attention& a, const Fn& fn) {
+inline void each_tile(const Attention& a, const Fn& fn) {
   const int64_t group = a.heads / a.pool.heads;
   for (int64_t m = 0; m < a.tokens;) {
     int64_t end = m + 1;
@@ -61,7 +62,7 @@ struct Plan {
   bool split = false;
 };
 
-static inline Plan plan_of(const Attention& a) {
+inline Plan plan_of(const Attention& a) {
   Plan plan;
   int64_t tiles = 0;
   each_tile(a, [&](const Tile& t) {
@@ -75,8 +76,9 @@ static inline Plan plan_of(const Attention& a) {
 }
 
 // The thread that takes the piece begin..begin+cost-1 of a line of `total`: the one that its middle falls to.
-static inline int64_t owner(int64_t begin, int64_t cost, int64_t total, int threads) {
+inline int64_t owner(int64_t begin, int64_t cost, int64_t total, int threads) {
   return (2 * begin + cost) * threads / (2 * total);
 }
 
+}  // namespace
 }  // namespace gsm

@@ -12,6 +12,7 @@
 #include "attention_plan.h"
 
 namespace gsm::GSM_LEVEL {
+namespace {
 
 #define GSM_UNROLL _Pragma("GCC unroll 16")
 
@@ -25,7 +26,7 @@ template <KvType K> constexpr int kZero = K == KvType::int8 ? 128 : 0;
 
 // Rows of a register tile and vectors across for so many rows; codes take two accumulators for each.
 #if defined(__AVX512F__)
-template <KvType K> constexpr int kRows = 8;
+template <KvType K> constexpr int kRows = K == KvType::f16 ? 4 : 8;
 template <KvType K> constexpr int tile_width(int rows) {
   return kCodes<K> ? (rows <= 2 ? 4 : rows <= 4 ? 2 : 1) : rows <= 1 ? 8 : rows <= 4 ? 4 : 2;
 }
@@ -156,36 +157,34 @@ void weigh_tile(const Weights& weights, int row, const uint8_t* const* values, c
   }
   constexpr int P = kPack<K>;
   const int64_t stride = dim * kUnit<K>;
-  for (int j = begin / P * P; j < end;) {
-    const int stop = (j / 16 + 1) * 16 < end ? (j / 16 + 1) * 16 : end;
-    int64_t from = at + j % 16 / P * stride;
-    for (; j < stop; j += P, from += stride) {
-      const uint8_t* const value = values[j / 16] + from;
-      if constexpr (R <= 4) {
-        GSM_UNROLL for (int w = 0; w < W; w += 4 / kUnit<K>) fetch(ahead[j / 16] + from + w * 16 * kUnit<K>);
+  // One loop: the exits of a loop over 16 keys inside of a loop over vectors would be mispredicted.
+  for (int j = begin / P * P; j < end; j += P) {
+    const int64_t from = at + j % 16 / P * stride;
+    const uint8_t* const value = values[j / 16] + from;
+    if constexpr (R <= 4) {
+      GSM_UNROLL for (int w = 0; w < W; w += 4 / kUnit<K>) fetch(ahead[j / 16] + from + w * 16 * kUnit<K>);
+    }
+    if constexpr (K == KvType::bf16) {
+      bf16x32 v[W];
+      GSM_UNROLL for (int w = 0; w < W; ++w) v[w] = Tail ? load_pairs_first(value, lanes) : load_pairs(value + w * 64);
+      if constexpr (Edge) {
+        const uint32_t mask = (j >= begin ? 0xFFFFu : 0u) | (j + 1 < end ? 0xFFFF0000u : 0u);
+        GSM_UNROLL for (int w = 0; w < W; ++w) v[w] = keep_bits(v[w], mask);
       }
-      if constexpr (K == KvType::bf16) {
-        bf16x32 v[W];
-        GSM_UNROLL for (int w = 0; w < W; ++w) v[w] = Tail ? load_pairs_first(value, lanes) : load_pairs(value + w * 64);
-        if constexpr (Edge) {
-          const uint32_t mask = (j >= begin ? 0xFFFFu : 0u) | (j + 1 < end ? 0xFFFF0000u : 0u);
-          GSM_UNROLL for (int w = 0; w < W; ++w) v[w] = keep_bits(v[w], mask);
-        }
-        GSM_UNROLL for (int r = 0; r < R; ++r) {
-          uint32_t pair;
-          std::memcpy(&pair, weights.halves + (row + r) * kSegment + j, 4);
-          const bf16x32 x = repeat_pair(pair);
-          GSM_UNROLL for (int w = 0; w < W; ++w) acc[r][w] = dot2(acc[r][w], v[w], x);
-        }
-      } else {
-        using T = std::conditional_t<K == KvType::f32, float, f16>;
-        f32x16 v[W];
-        GSM_UNROLL for (int w = 0; w < W; ++w)
-          v[w] = Tail ? load_first(reinterpret_cast<const T*>(value), lanes) : load_as<T>(value + w * 16 * sizeof(T));
-        GSM_UNROLL for (int r = 0; r < R; ++r) {
-          const f32x16 x = set1(weights.floats[(row + r) * kSegment + j]);
-          GSM_UNROLL for (int w = 0; w < W; ++w) acc[r][w] = fma(x, v[w], acc[r][w]);
-        }
+      GSM_UNROLL for (int r = 0; r < R; ++r) {
+        uint32_t pair;
+        std::memcpy(&pair, weights.halves + (row + r) * kSegment + j, 4);
+        const bf16x32 x = repeat_pair(pair);
+        GSM_UNROLL for (int w = 0; w < W; ++w) acc[r][w] = dot2(acc[r][w], v[w], x);
+      }
+    } else {
+      using T = std::conditional_t<K == KvType::f32, float, f16>;
+      f32x16 v[W];
+      GSM_UNROLL for (int w = 0; w < W; ++w)
+        v[w] = Tail ? load_first(reinterpret_cast<const T*>(value), lanes) : load_as<T>(value + w * 16 * sizeof(T));
+      GSM_UNROLL for (int r = 0; r < R; ++r) {
+        const f32x16 x = set1(weights.floats[(row + r) * kSegment + j]);
+        GSM_UNROLL for (int w = 0; w < W; ++w) acc[r][w] = fma(x, v[w], acc[r][w]);
       }
     }
   }
@@ -197,8 +196,8 @@ void weigh_tile(const Weights& weights, int row, const uint8_t* const* values, c
 // The same over codes, whose integer sums are set, not added to: out is a segment's own. begin and end are multiples
 // of 16, since a weight of zero drops whatever a code is.
 template <KvType K, int R, int W, bool Tail>
-void weigh_codes(const Weights& weights, int row, const uint8_t* const* values, int64_t at, int64_t dim, int begin, int end,
-                 float* out, int64_t out_stride, int lanes = 16) {
+void weigh_codes(const Weights& weights, int row, const uint8_t* const* values, int64_t at, int64_t dim, int begin,
+                 int end, float* out, int64_t out_stride, int lanes = 16) {
   i32x16 high[R][W], low[R][W];
   GSM_UNROLL for (int r = 0; r < R; ++r) {
     GSM_UNROLL for (int w = 0; w < W; ++w) {
@@ -244,4 +243,5 @@ void weigh_codes(const Weights& weights, int row, const uint8_t* const* values, 
 
 #undef GSM_UNROLL
 
+}  // namespace
 }  // namespace gsm::GSM_LEVEL

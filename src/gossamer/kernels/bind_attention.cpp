@@ -32,8 +32,8 @@ class Pool {
     pool.block = K_.size(3);
     pool.dim = V_.size(3);
     if (pool.heads < 1 || pool.block < 16 || pool.block % 16)
-      refuse("K must have the shape [blocks, heads, units of dimensions, block, ...] with a block size that is a multiple "
-             "of 16, not " + K_.shape());
+      refuse("K must have the shape [blocks, heads, units of dimensions, block, ...] with a block size that is a "
+             "multiple of 16, not " + K_.shape());
     if (pool.dim < 1 || pool.dim > gsm::kMaxHeadDim)
       refuse("V must have from 1 to " + std::to_string(gsm::kMaxHeadDim) + " dimensions a head in its axis 3, not " +
              V_.shape());
@@ -73,7 +73,8 @@ class Pool {
   void* scale(const std::optional<Buffer>& array, const char* name) const {
     const bool eight = pool.type == gsm::KvType::int8, four = pool.type == gsm::KvType::uint4;
     if (array.has_value() != (eight || four))
-      refuse(std::string(name) + (eight || four ? " must be given for a pool of codes" : " must be None unless the pool holds codes"));
+      refuse(std::string(name) +
+             (eight || four ? " must be given for a pool of codes" : " must be None unless the pool holds codes"));
     if (!array) return nullptr;
     if (array->format() != (eight ? 'f' : 'e'))
       refuse(std::string(name) + " must hold values of the same type as k_scale");
@@ -144,9 +145,9 @@ void kv_write(nb::handle k_, nb::handle v_, nb::handle positions_, nb::handle se
   gsm::submit(std::move(op), tokens);
 }
 
-void attention(nb::handle q_, nb::handle positions_, nb::handle sequence_, nb::handle tables_, nb::handle K, nb::handle V,
-               nb::handle k_scale, nb::handle v_scale, nb::handle out_, nb::handle lse_, double scale, int64_t window,
-               double softcap) {
+void attention(nb::handle q_, nb::handle positions_, nb::handle sequence_, nb::handle tables_, nb::handle K,
+               nb::handle V, nb::handle k_scale, nb::handle v_scale, nb::handle out_, nb::handle lse_, double scale,
+               int64_t window, double softcap) {
   const Array<const float> q(q_, "q");
   const Array<const int32_t> positions(positions_, "positions"), sequence(sequence_, "sequence"),
       tables(tables_, "tables");

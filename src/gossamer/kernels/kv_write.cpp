@@ -1,4 +1,5 @@
 // Stores keys and values in a layer's pool, in the pool's element type. Bound by memory.
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -37,7 +38,8 @@ void place(const KvPool& pool, bool keys, int64_t at, int64_t slot, const uint8_
   const int64_t dim = pool.dim, block = pool.block, unit = kv_unit(pool.type), pack = kv_pack(pool.type);
   if (keys) {
     uint8_t* to = static_cast<uint8_t*>(pool.k) + at * kv_key_bytes(pool) + slot * unit;
-    for (int64_t c = 0; c < dim; c += pack, to += block * unit, row += unit) std::memcpy(to, row, static_cast<size_t>(unit));
+    for (int64_t c = 0; c < dim; c += pack, to += block * unit, row += unit)
+      std::memcpy(to, row, static_cast<size_t>(unit));
     return;
   }
   uint8_t* const to = static_cast<uint8_t*>(pool.v) + at * kv_value_bytes(pool) + slot / pack * dim * unit;
@@ -104,7 +106,7 @@ void write_row(const KvPool& pool, const float* x, bool keys, int64_t at, int64_
       return place(pool, keys, at, slot, row, 2);
     case KvType::int8: {
       const Extent e = extent(x, dim);
-      const float s = (e.high > -e.low ? e.high : -e.low) / 127.0f;
+      const float s = std::fabs(e.high > -e.low ? e.high : -e.low) / 127.0f;
       std::memcpy(scales + (at * block + slot) * 4, &s, 4);
       std::memset(row + dim, 0, 4);
       encode(x, dim, 0.0f, s, -127.0f, 127.0f, 128, row);
