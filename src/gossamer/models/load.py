@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gossamer.formats import Packed, SiteFormat
 from gossamer.formats.dispatch import make_runner
 from gossamer.models.checkpoint import Checkpoint
+from gossamer.models.memory import Region
 from gossamer.models.topology import Site, Topology
 from gossamer.models.transformer import Transformer
 
@@ -72,9 +73,12 @@ def load(checkpoint: Checkpoint, formats: Mapping[str, SiteFormat], progress: Pr
     topology = checkpoint.topology
     packed: dict[str, Packed] = {}
     runners = {}
+    sizes = (f for site in topology.sites for f in formats[site.name].weight.fields(site.rows, site.cols).values())
+    region = Region(sum(field.nbytes for field in sizes))
     for done, site in enumerate(topology.sites):
         fmt = formats[site.name]
-        packed[site.name] = checkpoint.pack(site, fmt)
+        found = checkpoint.pack(site, fmt)
+        packed[site.name] = Packed(found.format, found.shape, region.place(found.arrays))
         runners[site.name] = make_runner(packed[site.name], fmt, checkpoint.bias(site))
         if progress:
             progress(done + 1, len(topology.sites))
