@@ -16,11 +16,12 @@ GSM_DECLARE(void expand_bf16(const Weight& w, int64_t panel, int64_t first, int6
 GSM_DECLARE(void expand_floats(const Weight& w, int64_t panel, int64_t first, int64_t last, float* out))
 
 // scales and offsets [segment][16 rows] for segments of `length` columns (each inside one group): a result is
-// sum over segments of  scale * (sum of values * x)  -  offset * (sum of x). `offsets` may be null when !need_offset.
+// sum over segments of  scale * (sum of values * x)  -  offset * (sum of x). `offsets` may be null when !need_offset. The
+// scales that lie `ahead` panels further are fetched meanwhile.
 enum class Values { bytes, floats };  // what the sums are of: bytes of codes or their values
 bool need_offset(const Weight& w, Values of);
 GSM_DECLARE(void expand_scales(const Weight& w, Values of, int64_t panel, int64_t length, int64_t first, int64_t last,
-                               float* scales, float* offsets))
+                               int64_t ahead, float* scales, float* offsets))
 // out [column - first][16 rows]: weights, scales applied; first and last are multiples of 8.
 GSM_DECLARE(void decode_columns(const Weight& w, int64_t panel, int64_t first, int64_t last, float* out))
 

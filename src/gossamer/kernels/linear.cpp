@@ -21,8 +21,9 @@ void normalize(const float* x, const float* gain, float eps, int64_t cols, float
   GSM_DISPATCH(normalize_token(x, gain, eps, cols, out))
 }
 int64_t scratch_bytes(int64_t tokens, const PanelPart& part) { GSM_DISPATCH(panel_scratch(tokens, part)) }
-void totals(const PanelPart& part, int64_t panel, int P, int64_t tokens, float* result, bool add, uint8_t* scratch) {
-  GSM_DISPATCH(panel_totals(part, panel, P, tokens, result, add, scratch))
+void totals(const PanelPart& part, int64_t panel, int P, int64_t strips, int64_t tokens, float* result, bool add,
+            uint8_t* scratch) {
+  GSM_DISPATCH(panel_totals(part, panel, P, strips, tokens, result, add, scratch))
 }
 void finish(const Emission& e) { GSM_DISPATCH(emit(e)) }
 
@@ -241,9 +242,9 @@ class LinearOp final : public Op {
     return {part.weight, part.mask, &form, part.weight ? &form.sums[uses_[site][i].sums] : nullptr};
   }
 
-  void site_totals(size_t site, int64_t panel, int64_t P, int64_t tokens, float* to, uint8_t* scratch) const {
+  void site_totals(size_t site, int64_t panel, int64_t P, int64_t strips, int64_t tokens, float* to, uint8_t* scratch) const {
     for (size_t i = 0; i < uses_[site].size(); ++i)
-      totals(part_of(site, i), panel, static_cast<int>(P), tokens, to, i > 0, scratch);
+      totals(part_of(site, i), panel, static_cast<int>(P), strips, tokens, to, i > 0, scratch);
   }
 
   int64_t step_of(size_t site, int64_t tokens) const {
@@ -256,7 +257,7 @@ class LinearOp final : public Op {
     int64_t bytes = 0;
     for (size_t i = 0; i < spec_.sites.size(); ++i)
       for (size_t p = 0; p < uses_[i].size(); ++p) bytes = std::max(bytes, scratch_bytes(tokens, part_of(i, p)));
-    const int64_t result_bytes = tokens * 4 * kPanel * 4;
+    const int64_t result_bytes = strips_at_once(tokens) * tokens * 4 * kPanel * 4;
     auto* memory = static_cast<uint8_t*>(thread_scratch(0, static_cast<size_t>(2 * result_bytes + bytes)));
     auto *result = reinterpret_cast<float*>(memory), *second = reinterpret_cast<float*>(memory + result_bytes);
     uint8_t* scratch = memory + 2 * result_bytes;
@@ -266,14 +267,17 @@ class LinearOp final : public Op {
       const int64_t rows = site.parts[0].rows(), panels = panels_of(site);
       const int64_t end = std::min(panels, mine.end - base);
       const int64_t step = gated() ? std::min(step_of(0, tokens), step_of(1, tokens)) : step_of(i, tokens);
-      for (int64_t panel = std::max<int64_t>(0, mine.begin - base), P; panel < end; panel += P) {
-        P = step;
+      for (int64_t panel = std::max<int64_t>(0, mine.begin - base); panel < end;) {
+        int64_t P = step;
         while (P > end - panel) P /= 2;
-        site_totals(i, panel, P, tokens, result, scratch);
-        if (gated()) site_totals(1, panel, P, tokens, second, scratch);
-        const int64_t row = panel * kPanel;
-        finish({result, second, site.bias, gated() ? spec_.sites[1].bias : nullptr, site.index, spec_.epilogue, tokens,
-                P * kPanel, row, std::min(P * kPanel, rows - row), site.out, site.ld});
+        const int64_t strips = std::min(strips_at_once(tokens), (end - panel) / P), lanes = P * kPanel;
+        site_totals(i, panel, P, strips, tokens, result, scratch);
+        if (gated()) site_totals(1, panel, P, strips, tokens, second, scratch);
+        for (int64_t s = 0; s < strips; ++s, panel += P) {
+          const int64_t row = panel * kPanel, at = s * tokens * lanes;
+          finish({result + at, second + at, site.bias, gated() ? spec_.sites[1].bias : nullptr, site.index, spec_.epilogue,
+                  tokens, lanes, row, std::min(lanes, rows - row), site.out, site.ld});
+        }
       }
       if (gated()) break;
       base += panels;

@@ -89,9 +89,11 @@ struct PanelPart {
 };
 // Bytes of scratch that panel_totals needs.
 GSM_DECLARE(int64_t panel_scratch(int64_t tokens, const PanelPart& part))
-// result [tokens][P * 16] (+)= the part's outputs for P panels, P at most panels_at_once.
-GSM_DECLARE(void panel_totals(const PanelPart& part, int64_t panel, int P, int64_t tokens, float* result, bool add,
-                              uint8_t* scratch))
+// result [strip][tokens][P * 16] (+)= the part's outputs for strips of P panels each, P at most panels_at_once.
+GSM_DECLARE(void panel_totals(const PanelPart& part, int64_t panel, int P, int64_t strips, int64_t tokens, float* result,
+                              bool add, uint8_t* scratch))
+// Strips in one go: few tokens leave so little to do for a panel that the way there would count.
+constexpr int64_t strips_at_once(int64_t tokens) { return tokens <= 3 ? 8 : 1; }
 // Up to here memory sets the pace; above, arithmetic does.
 constexpr int64_t few_tokens() { return 3; }
 

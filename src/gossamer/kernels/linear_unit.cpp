@@ -9,7 +9,7 @@ namespace {
 
 struct Job {
   const PanelPart& part;
-  int64_t panel, tokens;
+  int64_t panel, strips, tokens;
   float* result;
   float* scales;    // scratch for one chunk
   float* offsets;   // null when there are none
@@ -74,7 +74,7 @@ template <class Source, int P> Run<Source> pick(int64_t T) {
   return nullptr;
 }
 
-// One chunk after another: `open` fills source[0..P) for segments [first, last).
+// One strip and chunk after another: `open` gives the source of one panel for halves [from, to).
 template <class Source, int P, class Open> void run_chunks(const Job& j, Values of, const Open& open) {
   const Weight& w = *j.part.weight;
   const Form& form = *j.part.form;
@@ -92,31 +92,37 @@ template <class Source, int P, class Open> void run_chunks(const Job& j, Values 
     s.weight[0] = w.byte_parts == 2 ? 256.0f : 1.0f;
     s.weight[1] = 1.0f;
   }
-  for (s.first = 0; s.first < sums.segments; s.first = s.last) {
-    s.last = std::min(sums.segments, s.first + per_chunk);
-    for (int p = 0; p < P; ++p)
-      expand_scales(w, of, j.panel + p, s.length, s.first, s.last, j.scales + p * s.stride,
-                    j.offsets ? j.offsets + p * s.stride : nullptr);
-    Source source[P];
-    const int64_t from = s.first * s.length / 8, to = std::min(s.halves, s.last * s.length / 8);
-    for (int p = 0; p < P; ++p) source[p] = open(p, from, to);
-    for (int64_t i = 0; i < tiles; ++i) {
-      const Tile t = tile_at(j.tokens, i);
-      TileInput x;
-      x.data = form.data + t.begin * form.stride();
-      x.sums = sums.bytes ? sums.bytes + t.begin * sums.segments : nullptr;
-      x.float_sums = sums.floats ? sums.floats + t.begin * sums.segments : nullptr;
-      x.scales = sums.scales ? sums.scales + t.begin * sums.segments : nullptr;
-      pick<Source, P>(t.end - t.begin)(source, s, x, j.result + t.begin * P * 16, s.first == 0);
+  for (int64_t strip = 0; strip < j.strips; ++strip) {
+    const int64_t panel = j.panel + strip * P;
+    float* result = j.result + strip * j.tokens * P * 16;
+    for (s.first = 0; s.first < sums.segments; s.first = s.last) {
+      s.last = std::min(sums.segments, s.first + per_chunk);
+      for (int p = 0; p < P; ++p)
+        expand_scales(w, of, panel + p, s.length, s.first, s.last, P, j.scales + p * s.stride,
+                      j.offsets ? j.offsets + p * s.stride : nullptr);
+      Source source[P];
+      const int64_t from = s.first * s.length / 8, to = std::min(s.halves, s.last * s.length / 8);
+      for (int p = 0; p < P; ++p) source[p] = open(p, panel + p, from, to);
+      for (int64_t i = 0; i < tiles; ++i) {
+        const Tile t = tile_at(j.tokens, i);
+        TileInput x;
+        x.data = form.data + t.begin * form.stride();
+        x.sums = sums.bytes ? sums.bytes + t.begin * sums.segments : nullptr;
+        x.float_sums = sums.floats ? sums.floats + t.begin * sums.segments : nullptr;
+        x.scales = sums.scales ? sums.scales + t.begin * sums.segments : nullptr;
+        pick<Source, P>(t.end - t.begin)(source, s, x, result + t.begin * P * 16, s.first == 0);
+      }
     }
   }
 }
 
 // Bytes of the panels at hand, which is how far ahead the next ones begin; one panel alone is read close behind.
-int64_t ahead_of(const Job& j, int P, int64_t panel_bytes) { return P == 1 && j.tokens <= few_tokens() ? 1024 : P * panel_bytes; }
+int64_t ahead_of(const Job& j, int P, int64_t panel_bytes) {
+  return P == 1 && j.tokens <= few_tokens() ? 1024 : P * panel_bytes;
+}
 
-Fields fields_ahead(const Job& j, int P, int p) {
-  Fields f = panel_fields(*j.part.weight, j.panel + p);
+Fields fields_ahead(const Job& j, int P, int64_t panel) {
+  Fields f = panel_fields(*j.part.weight, panel);
   const int64_t ahead = ahead_of(j, P, j.part.weight->width() * 8);
   if (f.q8) f.q8 += 2 * ahead;
   if (f.q4) f.q4 += ahead;
@@ -132,17 +138,17 @@ template <int P> void bytes(const Job& j) {
   const bool place = in_place(w, Path::bytes, j.tokens);
   if (place && w.bits == 8) {
     const int64_t ahead = ahead_of(j, P, w.width() * 16);
-    return run_chunks<Bytes, P>(j, Values::bytes, [&](int p, int64_t, int64_t) {
-      return Bytes{panel_fields(w, j.panel + p).q8, 0, ahead};
+    return run_chunks<Bytes, P>(j, Values::bytes, [&](int, int64_t panel, int64_t, int64_t) {
+      return Bytes{panel_fields(w, panel).q8, 0, ahead};
     });
   }
-  const auto stored = [&](int p) { return panel_fields(w, j.panel + p); };
-  const auto later = [&](int p) { return fields_ahead(j, P, p); };
+  const auto stored = [&](int64_t panel) { return panel_fields(w, panel); };
+  const auto later = [&](int64_t panel) { return fields_ahead(j, P, panel); };
   if (place) {
     if (w.byte_table.empty()) {
       switch (w.bits) {
 #define GSM_STORED(B) \
-  case B: return run_chunks<Stored<B>, P>(j, Values::bytes, [&](int p, int64_t, int64_t) { return Stored<B>{stored(p), later(p)}; });
+  case B: return run_chunks<Stored<B>, P>(j, Values::bytes, [&](int, int64_t panel, int64_t, int64_t) { return Stored<B>{stored(panel), later(panel)}; });
         GSM_STORED(2)
         GSM_STORED(3)
         GSM_STORED(4)
@@ -152,23 +158,23 @@ template <int P> void bytes(const Job& j) {
         default: break;
       }
     } else if (w.byte_parts == 1) {
-      return run_chunks<Looked<1>, P>(j, Values::bytes, [&](int p, int64_t, int64_t) { return Looked<1>{stored(p), later(p), w.byte_table.data()}; });
+      return run_chunks<Looked<1>, P>(j, Values::bytes, [&](int, int64_t panel, int64_t, int64_t) { return Looked<1>{stored(panel), later(panel), w.byte_table.data()}; });
     } else {
-      return run_chunks<Looked<2>, P>(j, Values::bytes, [&](int p, int64_t, int64_t) { return Looked<2>{stored(p), later(p), w.byte_table.data()}; });
+      return run_chunks<Looked<2>, P>(j, Values::bytes, [&](int, int64_t panel, int64_t, int64_t) { return Looked<2>{stored(panel), later(panel), w.byte_table.data()}; });
     }
   }
   if (w.byte_parts == 2) {
-    run_chunks<TwoBytes, P>(j, Values::bytes, [&](int p, int64_t from, int64_t to) {
+    run_chunks<TwoBytes, P>(j, Values::bytes, [&](int p, int64_t panel, int64_t from, int64_t to) {
       uint8_t* out = j.codes + 2 * p * room;
-      expand_bytes(w, 0, j.panel + p, from, to, out);
-      expand_bytes(w, 1, j.panel + p, from, to, out + room);
+      expand_bytes(w, 0, panel, from, to, out);
+      expand_bytes(w, 1, panel, from, to, out + room);
       return TwoBytes{{out, out + room}, from};
     });
     return;
   }
-  run_chunks<Bytes, P>(j, Values::bytes, [&](int p, int64_t from, int64_t to) {
+  run_chunks<Bytes, P>(j, Values::bytes, [&](int p, int64_t panel, int64_t from, int64_t to) {
     uint8_t* out = j.codes + p * room;
-    expand_bytes(w, 0, j.panel + p, from, to, out);
+    expand_bytes(w, 0, panel, from, to, out);
     return Bytes{out, from, 0};
   });
 }
@@ -177,26 +183,26 @@ template <int P> void floats(const Job& j) {
   const Weight& w = *j.part.weight;
   const bool place = in_place(w, Path::floats, j.tokens);
   if (place && w.number == Number::f32)
-    return run_chunks<Floats, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
-      return Floats{reinterpret_cast<const float*>(w.values) + (j.panel + p) * w.cols * 16, 0, ahead_of(j, P, w.cols * 64)};
+    return run_chunks<Floats, P>(j, Values::floats, [&](int, int64_t panel, int64_t, int64_t) {
+      return Floats{reinterpret_cast<const float*>(w.values) + (panel) * w.cols * 16, 0, ahead_of(j, P, w.cols * 64)};
     });
   if (place && w.number == Number::f16)
-    return run_chunks<Halves, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
-      return Halves{reinterpret_cast<const f16*>(w.values) + (j.panel + p) * w.cols * 16, ahead_of(j, P, w.cols * 32)};
+    return run_chunks<Halves, P>(j, Values::floats, [&](int, int64_t panel, int64_t, int64_t) {
+      return Halves{reinterpret_cast<const f16*>(w.values) + (panel) * w.cols * 16, ahead_of(j, P, w.cols * 32)};
     });
   if (place && w.bits == 4)
-    return run_chunks<FloatNibbles, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
-      return FloatNibbles{panel_fields(w, j.panel + p).q4, ahead_of(j, P, w.width() * 8), load(w.small_table)};
+    return run_chunks<FloatNibbles, P>(j, Values::floats, [&](int, int64_t panel, int64_t, int64_t) {
+      return FloatNibbles{panel_fields(w, panel).q4, ahead_of(j, P, w.width() * 8), load(w.small_table)};
     });
   if (place)
-    return run_chunks<FloatBytes, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
-      return FloatBytes{panel_fields(w, j.panel + p).q8, ahead_of(j, P, w.width() * 16), w.step, w.zero};
+    return run_chunks<FloatBytes, P>(j, Values::floats, [&](int, int64_t panel, int64_t, int64_t) {
+      return FloatBytes{panel_fields(w, panel).q8, ahead_of(j, P, w.width() * 16), w.step, w.zero};
     });
   const int64_t stretch = chunk_segments(j.tokens, j.part) * j.part.sums->length;
   const int64_t room = (std::min(stretch, w.width()) + 8) * 16;
-  run_chunks<Floats, P>(j, Values::floats, [&](int p, int64_t from, int64_t to) {
+  run_chunks<Floats, P>(j, Values::floats, [&](int p, int64_t panel, int64_t from, int64_t to) {
     float* out = reinterpret_cast<float*>(j.codes) + p * room;
-    expand_floats(w, j.panel + p, from, to, out);
+    expand_floats(w, panel, from, to, out);
     return Floats{out, from, 0};
   });
 }
@@ -204,22 +210,22 @@ template <int P> void floats(const Job& j) {
 #if defined(__AVX512BF16__)
 template <int B, int P> void pair_codes(const Job& j) {
   const Words<B> words(j.part.weight->bf16_table.data());
-  run_chunks<PairCodes<B>, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
-    return PairCodes<B>{panel_fields(*j.part.weight, j.panel + p), fields_ahead(j, P, p), &words};
+  run_chunks<PairCodes<B>, P>(j, Values::floats, [&](int, int64_t panel, int64_t, int64_t) {
+    return PairCodes<B>{panel_fields(*j.part.weight, panel), fields_ahead(j, P, panel), &words};
   });
 }
 
 template <int P> void pairs(const Job& j) {
   const Weight& w = *j.part.weight;
   if (w.number == Number::bf16)
-    return run_chunks<PairValues, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
-      return PairValues{reinterpret_cast<const uint16_t*>(w.values) + (j.panel + p) * w.width() * 16, 0,
+    return run_chunks<PairValues, P>(j, Values::floats, [&](int, int64_t panel, int64_t, int64_t) {
+      return PairValues{reinterpret_cast<const uint16_t*>(w.values) + (panel) * w.width() * 16, 0,
                         ahead_of(j, P, w.width() * 32)};
     });
   if (w.bits == 4) {
     const Words<4> words(w.bf16_table.data());
-    return run_chunks<PairNibbles, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
-      return PairNibbles{panel_fields(w, j.panel + p).q4, ahead_of(j, P, w.width() * 8), &words};
+    return run_chunks<PairNibbles, P>(j, Values::floats, [&](int, int64_t panel, int64_t, int64_t) {
+      return PairNibbles{panel_fields(w, panel).q4, ahead_of(j, P, w.width() * 8), &words};
     });
   }
   if (in_place(w, Path::pairs, j.tokens)) {
@@ -229,9 +235,9 @@ template <int P> void pairs(const Job& j) {
   }
   const int64_t stretch = chunk_segments(j.tokens, j.part) * j.part.sums->length;
   const int64_t room = (std::min(stretch, w.width()) + 8) * 16;
-  run_chunks<PairValues, P>(j, Values::floats, [&](int p, int64_t from, int64_t to) {
+  run_chunks<PairValues, P>(j, Values::floats, [&](int p, int64_t panel, int64_t from, int64_t to) {
     uint16_t* out = reinterpret_cast<uint16_t*>(j.codes) + p * room;
-    expand_bf16(w, j.panel + p, from, to, out);
+    expand_bf16(w, panel, from, to, out);
     return PairValues{out, from, 0};
   });
 }
@@ -262,7 +268,7 @@ int panels_at_once(Path path, int64_t tokens) {
 }
 
 int64_t panel_scratch(int64_t tokens, const PanelPart& part) {
-  int64_t bytes = tokens * 256 + 256;  // of totals, when they are added to others
+  int64_t bytes = strips_at_once(tokens) * tokens * 256 + 256;  // of totals, when they are added to others
   if (!part.weight) return bytes;
   const int64_t segments = chunk_segments(tokens, part);
   const int64_t columns = std::min(segments * part.sums->length, part.weight->width()) + 8;
@@ -326,15 +332,20 @@ void add_outliers(const PanelPart& part, int64_t panel, int64_t tokens, float* t
 
 }  // namespace
 
-void panel_totals(const PanelPart& part, int64_t panel, int P, int64_t tokens, float* result, bool add, uint8_t* scratch) {
-  const int64_t lanes = P * 16;
+void panel_totals(const PanelPart& part, int64_t panel, int P, int64_t strips, int64_t tokens, float* result, bool add,
+                  uint8_t* scratch) {
+  const int64_t lanes = P * 16, rows = strips * tokens;
+  // fn(panel, its first result) for each panel.
+  const auto each_panel = [&](float* to, const auto& fn) {
+    for (int64_t i = 0; i < strips * P; ++i) fn(panel + i, to + i / P * tokens * lanes + i % P * 16);
+  };
   if (part.mask) {
-    if (!add) std::fill(result, result + tokens * lanes, 0.0f);
-    for (int p = 0; p < P; ++p) mask_panel(*part.mask, *part.form, panel + p, tokens, result + p * 16, lanes);
+    if (!add) std::fill(result, result + rows * lanes, 0.0f);
+    each_panel(result, [&](int64_t p, float* to) { mask_panel(*part.mask, *part.form, p, tokens, to, lanes); });
     return;
   }
   const int64_t segments = chunk_segments(tokens, part);
-  Job j{part, panel, tokens, result, nullptr, nullptr, nullptr};
+  Job j{part, panel, strips, tokens, result, nullptr, nullptr, nullptr};
   j.scales = reinterpret_cast<float*>(scratch);
   scratch += aligned(P * segments * 64);
   if (need_offset(*part.weight, part.form->path == Path::bytes ? Values::bytes : Values::floats)) {
@@ -343,7 +354,7 @@ void panel_totals(const PanelPart& part, int64_t panel, int P, int64_t tokens, f
   }
   if (add) {
     j.result = reinterpret_cast<float*>(scratch);
-    scratch += aligned(tokens * P * 64);
+    scratch += aligned(rows * lanes * 4);
   }
   j.codes = scratch;
   if (P == 1) any_path<1>(j);
@@ -355,15 +366,15 @@ void panel_totals(const PanelPart& part, int64_t panel, int P, int64_t tokens, f
   }
   const float* token_scale = part.form->token_scale;
   if (token_scale)
-    for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t i = 0; i < rows; ++i)
       for (int64_t r = 0; r < lanes; r += 16) {
-        float* y = j.result + t * lanes + r;
-        store(y, load(y) * set1(token_scale[t]));
+        float* y = j.result + i * lanes + r;
+        store(y, load(y) * set1(token_scale[i % tokens]));
       }
   if (part.form->outliers)
-    for (int p = 0; p < P; ++p) add_outliers(part, panel + p, tokens, j.result + p * 16, lanes);
+    each_panel(j.result, [&](int64_t p, float* to) { add_outliers(part, p, tokens, to, lanes); });
   if (add)
-    for (int64_t i = 0; i < tokens * lanes; i += 16) store(result + i, load(result + i) + load(j.result + i));
+    for (int64_t i = 0; i < rows * lanes; i += 16) store(result + i, load(result + i) + load(j.result + i));
 }
 
 namespace {
