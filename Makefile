@@ -57,7 +57,7 @@ peers: $(REQUIREMENTS)  ## llama.cpp's bindings, compiled for this machine, for 
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(PIP) install --no-binary llama-cpp-python llama-cpp-python==0.3.36
 
 bench: env  ## every benchmark in benchmarks/, one after the other (BENCH_OPTIONS=--quick: do they run?)
-	@set -e; for file in $(sort $(wildcard benchmarks/[a-z]*.py)); do echo "== $$file"; $(BIN)/python $$file $(BENCH_OPTIONS); done
+	@set -e; for file in $(sort $(wildcard benchmarks/[a-z]*.py benchmarks/kernels/[a-z]*.py)); do echo "== $$file"; $(BIN)/python $$file $(BENCH_OPTIONS); done
 
 clean:  ## remove everything that make has made
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .import_linter_cache .hypothesis .pytest_cache
