@@ -20,9 +20,10 @@ from gossamer.checkpoints.folder import publish
 from gossamer.checkpoints.safetensors import SafetensorsWriter
 from gossamer.errors import ResourceError
 from gossamer.formats.node import ALIGN
-from gossamer.models.checkpoint import LAYOUT, Checkpoint
+from gossamer.models.checkpoint import Checkpoint
 from gossamer.models.family import to_hf
 from gossamer.models.load import Choose, Plan, Progress, plan
+from gossamer.models.packed_checkpoint import LAYOUT
 from gossamer.models.topology import Topology
 
 __all__ = ["Written", "compress"]
