@@ -158,7 +158,7 @@ class Layer:
         return run
 
     def work(self, tokens: int) -> Work:
-        return Work(self.nbytes, {arithmetic(self.runners[0].input): tokens * self.rows * self.cols})
+        return Work(self.nbytes, {kind: tokens * n for kind, n in arithmetic(self.runners[0]).items()})
 
 
 def _copy(packed: Packed) -> Packed:

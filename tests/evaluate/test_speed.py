@@ -15,7 +15,9 @@ from gossamer.engine.llm import LLM
 from gossamer.errors import FormatError, ResourceError, UsageError
 from gossamer.evaluate import SHAPES, bench, machine, roofline, shape_model, shapes, speed
 from gossamer.evaluate.roofline import Peaks, decode_work, prefill_work
-from gossamer.formats import Dense, parse_weight, project
+from gossamer.evaluate.shapes import random_matrix
+from gossamer.formats import Dense, parse, parse_weight, project
+from gossamer.formats.dispatch import make_runner
 from gossamer.models.config import Config, Rope
 from gossamer.models.topology import describe
 
@@ -119,11 +121,19 @@ def test_the_roofline():
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"),
-    [("bf16", "bf16"), ("f32", "f32"), ("int8/token", "int8"), ("uint4/g32", "int8"), ("e4m3/token", "bf16")],
+    ("text", "macs"),
+    [
+        ("int4/g32", {"bf16": 64 * 96}),
+        ("f16 @ f32", {"f32": 64 * 96}),
+        ("int4/g32 @ int8/token", {"int8": 64 * 96}),
+        ("cols(32: bf16 @ bf16, int4/row) @ int8/token", {"bf16": 64 * 32, "int8": 64 * 64}),
+        ("int4/g32 + rank8(bf16)", {"bf16": 64 * 96 + 8 * (64 + 96)}),
+        ("int4/g32 + mask(1%: f16)", {"bf16": 64 * 96, "f32": 61}),
+    ],
 )
-def test_which_instruction_an_input_multiplies_with(text, kind):
-    assert roofline.arithmetic(text) == kind
+def test_what_multiplies_a_site(text, macs):
+    fmt = parse(text)
+    assert roofline.arithmetic(make_runner(random_matrix(fmt.weight, 64, 96), fmt)) == macs
 
 
 class Fake:
