@@ -20,8 +20,9 @@ from gossamer.errors import GossamerError
 from gossamer.evaluate import bench, shape_model
 from gossamer.evaluate.peer import LlamaCpp, check_peer
 from gossamer.evaluate.peer_gguf import random_gguf
+from gossamer.evaluate.random_weights import random_matrix
 from gossamer.evaluate.roofline import Work, arithmetic, probe
-from gossamer.evaluate.shapes import SHAPES, random_matrix
+from gossamer.evaluate.shapes import SHAPES
 from gossamer.evaluate.speed import Speed
 from gossamer.evaluate.turns import Cell, Job, Rate, cell, take_turns
 from gossamer.formats import Packed, parse
