@@ -159,11 +159,11 @@ template <int P> void bytes(const Job& j) {
 
 template <int P> void floats(const Job& j) {
   const Weight& w = *j.part.weight;
-  if (w.number == Number::f32 && w.cols % 8 == 0 && j.tokens <= kCopyTokens)
+  if (w.number == Number::f32 && w.cols % kBlock == 0 && j.tokens <= kCopyTokens)
     return run_chunks<Floats, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
       return Floats{reinterpret_cast<const float*>(w.values) + (j.panel + p) * w.cols * 16, 0, ahead_of(j, P, w.cols * 64)};
     });
-  if (w.number == Number::f16 && w.cols % 8 == 0 && j.tokens <= kUnpackTokens)
+  if (w.number == Number::f16 && w.cols % kBlock == 0 && j.tokens <= kUnpackTokens)
     return run_chunks<Halves, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
       return Halves{reinterpret_cast<const f16*>(w.values) + (j.panel + p) * w.cols * 16, ahead_of(j, P, w.cols * 32)};
     });
