@@ -20,8 +20,9 @@ from gossamer.errors import GossamerError
 from gossamer.evaluate import bench, shape_model
 from gossamer.evaluate.peer import LlamaCpp, check_peer
 from gossamer.evaluate.peer_gguf import random_gguf
+from gossamer.evaluate.random_weights import random_matrix
 from gossamer.evaluate.roofline import Work, arithmetic, probe
-from gossamer.evaluate.shapes import SHAPES, random_matrix
+from gossamer.evaluate.shapes import SHAPES
 from gossamer.evaluate.speed import Speed
 from gossamer.evaluate.turns import Cell, Job, Rate, cell, take_turns
 from gossamer.formats import Packed, parse
@@ -158,7 +159,7 @@ class Layer:
         return run
 
     def work(self, tokens: int) -> Work:
-        return Work(self.nbytes, {arithmetic(self.runners[0].input): tokens * self.rows * self.cols})
+        return Work(self.nbytes, {kind: tokens * n for kind, n in arithmetic(self.runners[0]).items()})
 
 
 def _copy(packed: Packed) -> Packed:

@@ -3,9 +3,9 @@
     python benchmarks/kernels/linear.py [--rows 2048] [--cols 2048] [--threads 1] [--seconds 0.3] [--format EXPR ...]
 
 Rungs: numpy on the decoded matrix and the rounded inputs (the definition), then the same kernel source compiled for
-each instruction set of the machine. Every call takes the next of several copies of the matrix, so that one token reads its
-codes from memory. The least time of the repetitions is printed, as GB/s of packed bytes for one token and as GOP/s (two
-a multiply-add) for many, and beside the best rung its fraction of the bandwidth and of the dot product's peak.
+each instruction set of the machine. Every call takes the next of several copies of the matrix, so that one token reads
+its codes from memory. The least time of the repetitions is printed, as GB/s of packed bytes for one token and as GOP/s
+(two a multiply-add) for many, and beside the best rung its fraction of the bandwidth and of the dot product's peak.
 """
 
 from __future__ import annotations

@@ -21,28 +21,55 @@ _Pool = npt.NDArray[Any]  # float32, float16, bfloat16 as uint16, or uint8 codes
 _Scale = npt.NDArray[Any]
 
 class Weight:
-    """A packed matrix and the arrays it reads, which it keeps alive: see kernels/linear.h for the layout."""
+    """A packed matrix and the arrays it reads, which it keeps alive: see docs/formats.md for the layout.
+
+    ``number`` is "f32", "f16", "bf16" or "u1" to "u8"; ``arrays`` holds what ``ops.make_weight`` says.
+    """
+
+    def __init__(self, number: str, rows: int, cols: int, arrays: dict[str, Any]) -> None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    def path(self, input: Input) -> tuple[str, str | None]:
+        """How it is multiplied with such inputs, "int8", "bf16" or "f32", and why not faster, or None."""
+
+class Mask:
+    """Sparse entries: ``starts`` uint32 [panels + 1], ``index`` and ``values`` as bytes, of ``kind`` "f32", "f16",
+    "bf16" or "int8", which ``scale`` multiplies. A column that does not exist is a ValueError."""
 
     def __init__(
-        self,
-        code: str,
-        rows: int,
-        cols: int,
-        codes: _U8,
-        high: _U8 | None,
-        scale: str,
-        scales: _U8 | None,
-        offset: str,
-        offsets: _U8 | None,
-        group: int,
-        bias: _F32 | None,
+        self, rows: int, cols: int, starts: npt.NDArray[np.uint32], index: _U8, kind: str, values: _U8, scale: float
     ) -> None: ...
     @property
     def rows(self) -> int: ...
     @property
     def cols(self) -> int: ...
-    def refuse(self, input: str) -> str | None:
-        """Why no kernel multiplies this weight with inputs of this format, or None."""
+
+class Input:
+    """What inputs are rounded to: a number, the columns of a group (0: a token), a static scale (0: dynamic) and the
+    size from which elements stay out (0: none)."""
+
+    def __init__(self, rounding: str, group: int, fixed: float, outlier: float) -> None: ...
+
+class Site:
+    """The rows of a linear site: blocks of rows, each a sum of parts."""
+
+    def __init__(self, rows: int, cols: int, bias: _F32 | None) -> None: ...
+    def block(self, index: npt.NDArray[np.uint32] | None) -> None:
+        """Opens a block of the rows ``index``, or of all."""
+
+    def part(self, matrix: Weight | Mask, input: Input, extra: int, extra_cols: int, steps: list[Any]) -> None:
+        """Adds a matrix to the block. It multiplies the site's input, or ``extra`` of a call (-1: none) of
+        ``extra_cols`` columns, after ``steps``: ("gather", uint32 [n]), ("multiply", float32 [n]) or ("hadamard",
+        order, signs float32 [n] or None)."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def blocks(self) -> int: ...
 
 class Program:
     """A list of ops over arrays that it keeps; made by ``ops.record``."""
@@ -72,11 +99,10 @@ def isa_supported() -> list[str]:
 def set_isa(name: str) -> None: ...
 def threads() -> int: ...
 def set_threads(n: int) -> None: ...
-def linear(x: _F32, weights: list[Weight], outs: list[_F32], input: str) -> None:
-    """(op) outs[i] [M, rows_i] = x [M, cols] W_i^T + b_i.
-
-    The input is rounded once to ``input`` (f32, bf16, int8/token).
-    """
+def linear(
+    x: _F32, sites: list[Site], outs: list[_F32], extras: list[list[_F32]], gain: _F32 | None, eps: float, epilogue: str
+) -> None:
+    """(op) outs[i] [M, rows_i] = x [M, cols] W_i^T + b_i; the rest as ``ops.linear`` says."""
 
 def embed(weight: Weight, ids: _I32, out: _F32) -> None:
     """(op) out [M, cols] = rows ``ids`` [M] of the matrix."""
@@ -118,7 +144,7 @@ def kv_write(
     k_scale: _Scale | None,
     v_scale: _Scale | None,
 ) -> None:
-    """(op) Stores k, v [M, kv_heads, d] (d at most 4096) at ``positions`` [M] of the sequences that ``sequence`` [M] names.
+    """(op) Stores k, v [M, kv_heads, d] (d at most 4096) at ``positions`` [M] of the sequences ``sequence`` [M].
 
     ``tables`` [sequences, max_blocks] lists the blocks of each sequence: position p lies in block p // B, slot p % B,
     with B a multiple of 16. A row is one position of one head. The pools, by the type of K (and of its scales):

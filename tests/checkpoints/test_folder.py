@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gossamer.checkpoints.folder import Folder, json_file, publish
-from gossamer.checkpoints.safetensors import SafetensorsWriter
+from gossamer.checkpoints.safetensors_writer import SafetensorsWriter
 from gossamer.errors import CheckpointError, GossamerError, ResourceError, UnsupportedError, UsageError
 
 A = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -52,9 +52,7 @@ def sharded(tmp_path: Path) -> Path:
 
 def write_index(folder: Path, **shards: int) -> None:
     weight_map = {name: f"model-0000{shard}-of-00002.safetensors" for name, shard in shards.items()}
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def test_whole_folder(whole: Path) -> None:
@@ -157,16 +155,12 @@ def test_same_tensor_in_two_shards(sharded: Path) -> None:
         Folder(sharded)
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "model.pth"]
-)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "model.pth"])
 def test_pickles_are_not_read(whole: Path, name: str) -> None:
     (whole / name).write_bytes(b"\x80\x02.")
     assert set(Folder(whole).tensors) == {"a", "b"}
     (whole / "model.safetensors").unlink()
-    with pytest.raises(
-        UnsupportedError, match=f"pickle \\('{re.escape(name)}'\\).*convert them to safetensors"
-    ):
+    with pytest.raises(UnsupportedError, match=f"pickle \\('{re.escape(name)}'\\).*convert them to safetensors"):
         Folder(whole)
 
 

@@ -19,7 +19,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gossamer.checkpoints.safetensors import DTYPES, SafetensorsFile, SafetensorsWriter
+from gossamer.checkpoints.safetensors import DTYPES, SafetensorsFile
+from gossamer.checkpoints.safetensors_writer import SafetensorsWriter
 from gossamer.errors import CheckpointError, GossamerError, ResourceError, UnsupportedError, UsageError
 
 TORCH = {
@@ -307,9 +308,7 @@ def test_files_that_are_not_files(tmp_path: Path) -> None:
 
 
 def test_wrong_questions(tmp_path: Path) -> None:
-    safetensors.numpy.save_file(
-        {"a": np.zeros((2, 3), np.float32), "s": np.zeros((), np.float32)}, tmp_path / "f"
-    )
+    safetensors.numpy.save_file({"a": np.zeros((2, 3), np.float32), "s": np.zeros((), np.float32)}, tmp_path / "f")
     file = SafetensorsFile(tmp_path / "f")
     with pytest.raises(CheckpointError, match="holds no tensor 'b' among its 2"):
         file.raw("b")
@@ -380,12 +379,8 @@ def test_every_header_byte_replaced(real_file: bytes, tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-numbers = st.integers(-3, 70) | st.sampled_from(
-    [2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**30, 1.5, True, None]
-)
-values = (
-    numbers | st.text(max_size=3) | st.lists(numbers, max_size=4) | st.sampled_from([*DTYPES, "F4", "C64"])
-)
+numbers = st.integers(-3, 70) | st.sampled_from([2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**30, 1.5, True, None])
+values = numbers | st.text(max_size=3) | st.lists(numbers, max_size=4) | st.sampled_from([*DTYPES, "F4", "C64"])
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)

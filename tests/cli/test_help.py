@@ -25,7 +25,7 @@ VERBS = {
     | {"--threads", "--json"},
     "bench": {"--shape", "--format", "--formats", "--keep", "--batch", "--prompt", "--tokens", "--repetitions"}
     | {"--peer", "--peer-model", "--peer-python", "--plot", "--threads", "--json"},
-    "inspect": {"--tensors", "--json"},
+    "inspect": {"--tensors", "--site", "--json"},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,9 +14,11 @@ from gossamer import ops
 from gossamer.engine.kv import kv_bytes
 from gossamer.engine.llm import LLM
 from gossamer.errors import FormatError, ResourceError, UsageError
-from gossamer.evaluate import SHAPES, bench, machine, roofline, shape_model, shapes, speed
+from gossamer.evaluate import SHAPES, bench, machine, random_weights, roofline, shape_model, shapes, speed
+from gossamer.evaluate.random_weights import random_matrix
 from gossamer.evaluate.roofline import Peaks, decode_work, prefill_work
-from gossamer.formats import Dense, parse_weight, project
+from gossamer.formats import Dense, parse, parse_weight, project
+from gossamer.formats.dispatch import linear, make_runner
 from gossamer.models.config import Config, Rope
 from gossamer.models.topology import describe
 
@@ -119,11 +122,19 @@ def test_the_roofline():
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"),
-    [("bf16", "bf16"), ("f32", "f32"), ("int8/token", "int8"), ("uint4/g32", "int8"), ("e4m3/token", "bf16")],
+    ("text", "macs"),
+    [
+        ("int4/g32", {"bf16": 64 * 96}),
+        ("f16 @ f32", {"f32": 64 * 96}),
+        ("int4/g32 @ int8/token", {"int8": 64 * 96}),
+        ("cols(32: bf16 @ bf16, int4/row) @ int8/token", {"bf16": 64 * 32, "int8": 64 * 64}),
+        ("int4/g32 + rank8(bf16)", {"bf16": 64 * 96 + 8 * (64 + 96)}),
+        ("int4/g32 + mask(1%: f16)", {"bf16": 64 * 96, "f32": 61}),
+    ],
 )
-def test_which_instruction_an_input_multiplies_with(text, kind):
-    assert roofline.arithmetic(text) == kind
+def test_what_multiplies_a_site(text, macs):
+    fmt = parse(text)
+    assert roofline.arithmetic(make_runner(random_matrix(fmt.weight, 64, 96), fmt)) == macs
 
 
 class Fake:
@@ -273,22 +284,63 @@ def test_every_shape_is_tested():
 
 
 @pytest.mark.parametrize(
-    "expression", ["f32", "bf16", "int8/g32", "int4/row", "int5/g64", "uint4/g32", "uint8/g128-m(f16)"]
+    "expression",
+    [
+        *("f32", "bf16", "int8/g32", "int4/row", "int5/g64", "uint4/g32", "uint8/g128-m(f16)", "kmeans3/row"),
+        *("e2m1/g32*e8m0", "uint4/g32*(uint6/g8-z(0))-m(uint6/g8-z(0))", "int6/g16*(int8/g16)", "planes(int4/g64)"),
+    ],
 )
 def test_random_matrices_are_what_the_format_encodes(expression, monkeypatch):
-    monkeypatch.setattr(shapes, "_SAMPLE", 3 * 16 * 72)  # three panels, so that they repeat
+    monkeypatch.setattr(random_weights, "_SAMPLE", 3 * 16 * 72)  # three panels, so that they repeat
     fmt = parse_weight(expression)
-    matrices = shapes._RandomMatrices(fmt)
+    matrices = random_weights.RandomMatrices()
     for rows in (200, 5, 48, 16):
-        packed = matrices.make(rows, 72)
+        packed = matrices.make(fmt, rows, 72)
         packed.validate("a random matrix")
-        values, _ = matrices.blocks[72]
+        values, _ = matrices.blocks[str(fmt), 72]
         whole = rows // 16 * 16
         decoded = packed.decode()
         if whole:
             np.testing.assert_array_equal(decoded[:whole], project(fmt, np.tile(values, (5, 1))[:whole]))
         np.testing.assert_array_equal(decoded[whole:], project(fmt, values)[: rows - whole])
         assert 0.5 < decoded.std() * np.sqrt(72) < 1.5
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        *("int4/tensor", "ternary/tensor", "kmeans4/tensor", "e4m3/128x128", "e2m1/g16*(e4m3/tensor)"),
+        *("int4/32x32*(int8/row)", "mask(1%: f16)", "mask(2.5%: int8/tensor)", "int4/g32 + mask(0.5%: bf16)"),
+        *("int4/g32 + rank4(bf16)", "cols(16: bf16, 24: int8/row, int4/row)", "rows(17: int8/g32, 5: bf16, int4/g32)"),
+        *("hadamard(24, 7, int4/row)", "permute(int4/g32)", "scale(int4/g32)", "permute(cols(8: bf16, int4/row))"),
+    ],
+)
+def test_random_matrices_of_every_other_format(expression, monkeypatch):
+    """They are sound, have the right size and values of the right size, and run."""
+    monkeypatch.setattr(random_weights, "_SAMPLE", 3 * 16 * 72)
+    site = parse(expression)
+    for rows in (200, 48, 37):
+        packed = random_matrix(site.weight, rows, 72)
+        packed.validate("a random matrix")
+        assert packed.shape == (rows, 72)
+        decoded = packed.decode()
+        assert decoded.shape == (rows, 72)
+        assert np.isfinite(decoded).all()
+        if "mask" not in expression:
+            assert 0.4 < decoded[rows // 2 :].std() * np.sqrt(72) < 2
+        x = np.random.default_rng(1).standard_normal((2, 72), np.float32)
+        out = np.empty((2, rows), np.float32)
+        linear([make_runner(packed, parse(f"{expression} @ f32"))], x, [out])
+        assert np.abs(out - x @ decoded.T).max() < 1e-4
+
+
+def test_a_large_random_matrix_takes_as_long_as_filling_it():
+    """Encoding a matrix of this size takes minutes."""
+    started = time.perf_counter()
+    for text in ("e2m1/g16*(e4m3/tensor)", "uint4/g32*(uint6/g8-z(0))-m(uint6/g8-z(0))", "int4/g128 + rank32(bf16)"):
+        packed = random_matrix(parse_weight(text), 28672, 8192)
+        assert packed.nbytes > 28672 * 8192 * 4 // 8
+    assert time.perf_counter() - started < 30
 
 
 def test_a_format_that_is_not_laid_out_by_panels_is_encoded(monkeypatch):
@@ -298,9 +350,8 @@ def test_a_format_that_is_not_laid_out_by_panels_is_encoded(monkeypatch):
         def fields(self, rows, cols):
             return {k: replace(f, used=f.used + 1) for k, f in super().fields(rows, cols).items()}
 
-    monkeypatch.setattr(shapes, "_SAMPLE", 16 * 8)
-    packed = shapes._RandomMatrices(Whole("f32")).make(40, 8)
-    decoded = packed.decode()
+    monkeypatch.setattr(random_weights, "_SAMPLE", 16 * 8)
+    decoded = random_matrix(Whole("f32"), 40, 8).decode()
     np.testing.assert_array_equal(decoded[:16], decoded[16:32])
     assert (decoded[32:] == decoded[:8]).all()
     assert decoded.std() > 0

@@ -24,10 +24,8 @@ from gossamer.formats import (
     project,
     resolve,
     scales,
-    validate,
     weight_of,
 )
-from gossamer.formats.composite import Array
 from gossamer.formats.node import ALIGN, PANEL
 from gossamer.formats.transforms import hadamard_factors, hadamard_matrix, signs
 
@@ -117,14 +115,14 @@ def test_bytes(text):
     fmt = FORMATS[text]
     for rows, cols in shapes(text):
         packed = encode(fmt, ArraySource(weights(rows, cols)))
-        validate(packed, "this matrix")
+        packed.validate("this matrix")
         fields = fmt.fields(rows, cols)
         assert list(packed.arrays) == list(fields)
         exact = True
         for name, array in packed.arrays.items():
             assert array.nbytes % ALIGN == 0 < array.nbytes
             assert array.flags.c_contiguous
-            if not isinstance(fields[name], Array) or fields[name].exact:
+            if fields[name].exact:
                 assert array.nbytes == fields[name].nbytes
                 assert not array[fields[name].used :].any()
             else:
@@ -259,7 +257,7 @@ def test_the_highest_planes_are_a_weight(inner):
         low = bits - k
         kept = {n: a for n, a in packed.arrays.items() if not (n[1:].isdigit() and int(n[1:]) < low and n[0] == "p")}
         top, arrays = fmt.top(k, kept, rows, cols)  # lower planes need not be there
-        validate(Packed(top, (rows, cols), arrays), "the highest planes")
+        Packed(top, (rows, cols), arrays).validate("the highest planes")
         assert str(top.number.name) == f"{family}{k}"
         back = top.decode_rows(arrays, rows, cols, 0, rows)
         errors.append(float(((back - w).astype(np.float64) ** 2).mean()))
@@ -378,7 +376,7 @@ def test_wide_matrices_number_their_columns_in_32_bits():
         packed = encode(parse_weight("mask(0.01%: f32)"), ArraySource(w))
         assert packed.arrays["index"].dtype == kind
         assert packed.arrays["index"][[0, 1, 16]].tolist() == [0, none, cols - 1]
-        validate(packed, "wide")
+        packed.validate("wide")
         assert same(packed.decode(), w)
 
 
@@ -409,7 +407,7 @@ def test_a_damaged_mask_is_refused(name, change, says):
     view = arrays[name][: slots * PANEL] if name == "index" else arrays[name]
     change(view)
     with pytest.raises(FormatError, match=f"layer 3: array '(starts|index|values)' of .*{says}"):
-        validate(Packed(fmt, (18, 100), arrays), "layer 3")
+        Packed(fmt, (18, 100), arrays).validate("layer 3")
 
 
 # ---------------------------------------------------------------- low rank
@@ -622,7 +620,7 @@ def test_damaged_indices_are_refused(text, name, at, value, says):
     arrays = {n: a.copy() for n, a in packed.arrays.items()}
     arrays[name][at] = value
     with pytest.raises(FormatError, match=rf"layer 3: array '{name.rpartition('.')[2]}' of .*{says}"):
-        validate(Packed(fmt, (20, 24), arrays), "layer 3")
+        Packed(fmt, (20, 24), arrays).validate("layer 3")
 
 
 @every_format
@@ -632,18 +630,18 @@ def test_validate_names_what_is_wrong(text):
     for name, array in packed.arrays.items():
         for wrong in (array[:-1], array.astype("i8"), array.reshape(1, -1), array[:0]):
             with pytest.raises(FormatError, match="layer 3: array '"):
-                validate(Packed(fmt, (17, 60), {**packed.arrays, name: wrong}), "layer 3")
+                Packed(fmt, (17, 60), {**packed.arrays, name: wrong}).validate("layer 3")
     with pytest.raises(FormatError, match="layer 3 is stored as"):
-        validate(Packed(fmt, (17, 60), {**packed.arrays, "extra": array}), "layer 3")
+        Packed(fmt, (17, 60), {**packed.arrays, "extra": array}).validate("layer 3")
     with pytest.raises(FormatError, match="layer 3 is stored as"):
-        validate(Packed(fmt, (17, 60), {}), "layer 3")
+        Packed(fmt, (17, 60), {}).validate("layer 3")
 
 
 def test_plain_formats_are_validated_too():
     packed = encode(parse_weight("int4/g32"), ArraySource(weights(17, 60)))
-    validate(packed, "layer 3")
+    packed.validate("layer 3")
     with pytest.raises(FormatError, match="layer 3: array 'q4'"):
-        validate(Packed(packed.format, (17, 61 + 60), packed.arrays), "layer 3")
+        Packed(packed.format, (17, 61 + 60), packed.arrays).validate("layer 3")
 
 
 def test_residuals_beyond_float32_are_refused():

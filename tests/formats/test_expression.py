@@ -32,7 +32,6 @@ from gossamer.formats import (
     parse,
     parse_input,
     parse_weight,
-    validate,
     weight_of,
 )
 from gossamer.formats.composite import MAX_DEPTH, depth
@@ -212,7 +211,7 @@ def test_known_storage_is_an_expression(text, shape):
     rows, cols = shape
     w = (np.random.default_rng(shape).standard_normal(shape) * 0.02).astype(np.float32)
     packed = encode(site.weight, ArraySource(w))
-    validate(packed, "this matrix")
+    packed.validate("this matrix")
     # Two bits with a minimum leave about a third of the deviation, all others less.
     assert np.sqrt(((packed.decode() - w) ** 2).mean()) / 0.02 < (0.55 if "ternary" in text else 0.36)
     if shape == (256, 512) and KNOWN[text]:

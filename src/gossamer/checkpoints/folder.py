@@ -28,8 +28,8 @@ from gossamer.checkpoints.safetensors import (
     json_fault,
     quote,
     unique_pairs,
-    write_error,
 )
+from gossamer.checkpoints.safetensors_writer import write_error
 from gossamer.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 
 __all__ = ["Folder", "json_file", "publish"]
@@ -175,11 +175,7 @@ class Folder:
 
     def _no_config(self) -> CheckpointError:
         gguf = next((name for name in self.files if name.endswith(".gguf")), None)
-        todo = (
-            f"give the file {self.path / gguf} itself"
-            if gguf
-            else "give a Hugging Face folder or a .gguf file"
-        )
+        todo = f"give the file {self.path / gguf} itself" if gguf else "give a Hugging Face folder or a .gguf file"
         return CheckpointError(f"{self.path} has no config.json; {todo}")
 
     def _no_weights(self) -> CheckpointError:

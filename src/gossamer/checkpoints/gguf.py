@@ -27,10 +27,11 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from gossamer.checkpoints.ggml_types import LOSSLESS, TYPES, Blocks, blocks, dequantize, row_bytes
+from gossamer.checkpoints.ggml_blocks import dequantize, parts
+from gossamer.checkpoints.ggml_types import LOSSLESS, TYPES, row_bytes
 from gossamer.errors import CheckpointError, UnsupportedError, UsageError
 
-__all__ = ["LOSSLESS", "TYPES", "Blocks", "GGUFFile", "GGUFTensor", "blocks", "row_bytes"]
+__all__ = ["LOSSLESS", "TYPES", "GGUFFile", "GGUFTensor", "parts", "row_bytes"]
 
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4  # ggml's own limit

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from gossamer.checkpoints.safetensors import quote, write_error
+from gossamer.checkpoints.safetensors import quote
+from gossamer.checkpoints.safetensors_writer import write_error
 from gossamer.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
 
 __all__ = ["KNOWN", "PackagedModel", "resolve"]

@@ -241,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("inspect", "Show what a model holds: tensors, formats, sizes, template, provenance.")
     model(p)
     p.add_argument("--tensors", action="store_true", help="list every tensor")
+    p.add_argument("--site", metavar="NAME", help="how these sites run: a name, a pattern such as '*.0.*', or a role")
     as_json(p)
     return parser
 

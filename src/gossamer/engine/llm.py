@@ -24,6 +24,7 @@ from gossamer.engine.kv import BLOCK, KVPool, kv_bytes, kv_format
 from gossamer.engine.kv import Sequence as KVSequence
 from gossamer.errors import ResourceError, UsageError
 from gossamer.formats import SiteFormat, parse
+from gossamer.formats.dispatch import Leaf
 from gossamer.limits import available_memory
 from gossamer.models.checkpoint import Checkpoint, open_checkpoint
 from gossamer.models.config import Config
@@ -102,26 +103,27 @@ class Completion:
         return (len(self.tokens) - 1) / self.decode_s if self.decode_s and len(self.tokens) > 1 else 0.0
 
 
+def matching(pattern: str, topology: Topology) -> list[Site]:
+    """The sites whose name matches ``pattern``, or whose role it is. Raises UsageError when there are none."""
+    found = [site for site in topology.sites if fnmatchcase(site.name, pattern) or site.role == pattern]
+    if not found:
+        roles = ", ".join(dict.fromkeys(site.role for site in topology.sites))
+        raise UsageError(
+            f"the pattern '{pattern}' matches no site; give a role ({roles}) or a name such as '*.mlp.down_proj'."
+        )
+    return found
+
+
 def chooser(fmt: SiteFormat | None, keep: Sequence[tuple[str, SiteFormat]], topology: Topology) -> Choose:
     """The format of each site: the first pattern of ``keep`` that matches its name or role, else ``fmt``.
 
     Raises UsageError for a pattern that matches no site of ``topology``.
     """
-
-    def matches(pattern: str, site: Site) -> bool:
-        return fnmatchcase(site.name, pattern) or site.role == pattern
-
-    for pattern, _ in keep:
-        if not any(matches(pattern, site) for site in topology.sites):
-            roles = ", ".join(dict.fromkeys(site.role for site in topology.sites))
-            raise UsageError(
-                f"the pattern '{pattern}' matches no site; give a role ({roles}) or a name such as '*.mlp.down_proj'."
-            )
-
-    def choose(site: Site) -> SiteFormat | None:
-        return next((kept for pattern, kept in keep if matches(pattern, site)), fmt)
-
-    return choose
+    chosen: dict[str, SiteFormat] = {}
+    for pattern, kept in keep:
+        for site in matching(pattern, topology):
+            chosen.setdefault(site.name, kept)
+    return lambda site: chosen.get(site.name, fmt)
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,10 @@ class LLM:
         if not 1 <= asked <= limit:
             raise UsageError(f"--context {asked} is out of range: this model was made for 1 to {limit} tokens.")
         return asked
+
+    def explain(self, name: str) -> list[Leaf]:
+        """How the site ``name`` runs: ``Loaded.explain``."""
+        return self.loaded.explain(name)
 
     # ------------------------------------------------------------ tokens to logits
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from gossamer import ops
 from gossamer.engine import kv
 from gossamer.errors import ResourceError
+from gossamer.formats.dispatch import Runner
 from gossamer.models.load import Loaded
 from gossamer.models.transformer import MAX_TOKENS
 
@@ -83,10 +84,13 @@ class Work:
         return sum(parts.values()), max(parts, key=lambda kind: parts[kind])
 
 
-def arithmetic(input: str) -> str:
-    """The instruction that an input format multiplies with: int8 for integers, float32, or else bf16."""
-    kind = input.strip()
-    return "int8" if kind.startswith(("int", "uint")) else "f32" if kind == "f32" else "bf16"
+def arithmetic(runner: Runner) -> dict[str, int]:
+    """Multiply-adds of a site for one token, by what multiplies: int8, bf16 or f32."""
+    macs: dict[str, int] = {}
+    for leaf in runner.leaves:
+        kind = "f32" if leaf.path == "sparse" else leaf.path
+        macs[kind] = macs.get(kind, 0) + leaf.macs
+    return macs
 
 
 def decode_work(loaded: Loaded, batch: int, context: float, fmt: str) -> Work:
@@ -122,9 +126,9 @@ def kv_bytes_per_token(loaded: Loaded, fmt: str, context: float) -> int:
 def _macs(loaded: Loaded, body: int, head: int) -> dict[str, int]:
     macs: dict[str, int] = {}
     last = "model.embed_tokens" if loaded.topology.tied else "lm_head"
-    for name, packed in loaded.packed.items():
+    for name in loaded.packed:
         if name == "model.embed_tokens" and name != last:
             continue
-        kind = arithmetic(loaded.transformer.runners[name].input)
-        macs[kind] = macs.get(kind, 0) + packed.shape[0] * packed.shape[1] * (head if name == last else body)
+        for kind, count in arithmetic(loaded.transformer.runners[name]).items():
+            macs[kind] = macs.get(kind, 0) + count * (head if name == last else body)
     return macs

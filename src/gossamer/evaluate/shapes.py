@@ -6,24 +6,19 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from gossamer.engine.llm import chooser
 from gossamer.errors import ResourceError, UsageError
-from gossamer.formats import ArraySource, Format, Packed, SiteFormat, allocate, encode, parse
+from gossamer.evaluate.random_weights import RandomMatrices
+from gossamer.formats import SiteFormat, parse
 from gossamer.formats.dispatch import make_runner
-from gossamer.formats.node import PANEL
 from gossamer.limits import available_memory
 from gossamer.models.config import Config, Rope
 from gossamer.models.load import Loaded, Progress
 from gossamer.models.topology import Site, describe
 from gossamer.models.transformer import Transformer
 
-__all__ = ["SHAPES", "random_matrix", "shape_config", "shape_model"]
-
-F32 = npt.NDArray[np.float32]
-
-_SAMPLE = 1 << 18  # weights that are encoded; a matrix repeats them
+__all__ = ["SHAPES", "shape_config", "shape_model"]
 
 
 def _config(
@@ -97,8 +92,8 @@ def shape_model(
     """A model of the shape ``name`` (one of SHAPES, or any Config) with random weights stored as ``format``.
 
     ``keep`` holds (pattern, expression) pairs that override it for matching site names or roles. Every matrix has its
-    own memory and is filled with the encoding of a quarter of a million random weights, repeated: speed does not
-    depend on the values, and no float matrix of the whole size is ever built.
+    own memory and is filled as ``random_matrix`` does it: speed does not depend on the values, and no float matrix of
+    the whole size is ever built.
 
     Raises UsageError for an unknown name or a pattern that matches no site, FormatError for an expression that does
     not parse, and ResourceError before taking memory that the machine does not have.
@@ -108,13 +103,12 @@ def shape_model(
     choose = chooser(parse(format), [(pattern, parse(text)) for pattern, text in keep], topology)
     formats = {site.name: choose(site) or parse(format) for site in topology.sites}
     _check_memory(str(name) if isinstance(name, str) else "this shape", format, formats, topology.sites)
-    makers: dict[str, _RandomMatrices] = {}
+    matrices = RandomMatrices()
     random = np.random.default_rng(0)
     packed, runners = {}, {}
     for done, site in enumerate(topology.sites):
         fmt = formats[site.name]
-        maker = makers.setdefault(str(fmt.weight), _RandomMatrices(fmt.weight))
-        packed[site.name] = maker.make(site.rows, site.cols)
+        packed[site.name] = matrices.make(fmt.weight, site.rows, site.cols)
         bias = random.standard_normal(site.rows, np.float32) if site.bias else None
         runners[site.name] = make_runner(packed[site.name], fmt, bias)
         if progress:
@@ -122,57 +116,6 @@ def shape_model(
     vectors = {v.name: np.ones(v.size, np.float32) for v in topology.vectors}
     unfused = {site: r.refused for site, r in runners.items() if r.refused is not None}
     return Loaded(Transformer(config, runners, vectors), topology, formats, packed, unfused)
-
-
-def random_matrix(fmt: Format, rows: int, cols: int) -> Packed:
-    """A matrix of random weights stored as ``fmt``: the encoding of a few, repeated. Raises FormatError."""
-    fmt.check(rows, cols)
-    return _RandomMatrices(fmt).make(rows, cols)
-
-
-class _RandomMatrices:
-    """Packed random matrices. A block of whole panels is encoded once for each width, and its bytes are repeated."""
-
-    def __init__(self, fmt: Format) -> None:
-        self.format = fmt
-        self.random = np.random.default_rng(0)
-        self.blocks: dict[int, tuple[F32, Packed]] = {}
-
-    def _block(self, cols: int) -> tuple[F32, Packed]:
-        if cols not in self.blocks:
-            rows = PANEL * max(1, _SAMPLE // (PANEL * cols))
-            values = self.random.standard_normal((rows, cols), np.float32) / np.float32(math.sqrt(cols))
-            self.blocks[cols] = values, encode(self.format, ArraySource(values))
-        return self.blocks[cols]
-
-    def make(self, rows: int, cols: int) -> Packed:
-        """A matrix with memory of its own."""
-        fmt, (values, block) = self.format, self._block(cols)
-        panel = {key: field.used for key, field in fmt.fields(PANEL, cols).items()}
-        used = {key: field.used for key, field in fmt.fields(rows, cols).items()}
-        if used != {key: size * -(-rows // PANEL) for key, size in panel.items()}:
-            return encode(fmt, _Repeated(values, rows))  # not laid out panel by panel
-        arrays = allocate(fmt, rows, cols)
-        panels, left = divmod(rows, PANEL)
-        end = encode(fmt, ArraySource(values[:left])) if left else None
-        for key, size in panel.items():
-            step = len(values) // PANEL * size
-            for start in range(0, panels * size, step):
-                count = min(step, panels * size - start)
-                arrays[key][start : start + count] = block.arrays[key][:count]
-            if end is not None:
-                arrays[key][panels * size : (panels + 1) * size] = end.arrays[key][:size]
-        return Packed(fmt, (rows, cols), arrays)
-
-
-class _Repeated:
-    """A few rows over and over, as a matrix of ``rows`` rows that is never in memory as a whole."""
-
-    def __init__(self, values: F32, rows: int) -> None:
-        self.values, self.shape = values, (rows, int(values.shape[1]))
-
-    def read(self, r0: int, r1: int) -> F32:
-        return self.values[np.arange(r0, r1) % len(self.values)]
 
 
 def _check_memory(name: str, text: str, formats: Mapping[str, SiteFormat], sites: tuple[Site, ...]) -> None:

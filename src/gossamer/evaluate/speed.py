@@ -259,9 +259,9 @@ class Ours:
         for sequence in batch:
             sequence.reserve(1)
         positions = np.array([s.length for s in batch], np.int32)
-        rows = np.array([s.row for s in batch], np.int32)  # type: ignore[attr-defined]
-        hidden = self.transformer.step(tokens, positions, rows, self.pool)  # type: ignore[attr-defined]
-        self.transformer.logits(hidden, copy=False)  # type: ignore[call-arg]
+        rows = np.array([s.row for s in batch], np.int32)
+        hidden = self.transformer.step(tokens, positions, rows, self.pool)
+        self.transformer.logits(hidden, copy=False)
         for sequence in batch:
             sequence.length += 1
 

@@ -1,7 +1,7 @@
 """How a weight is stored: a small algebra of formats. See docs/formats.md."""
 
 from gossamer.formats.coded import Coded
-from gossamer.formats.composite import Branch, Composite, SiteFormat, encode_with, leaves, resolve, validate, weight_of
+from gossamer.formats.composite import Branch, Composite, SiteFormat, encode_with, leaves, resolve, weight_of
 from gossamer.formats.dense import Dense
 from gossamer.formats.expression import parse, parse_input, parse_weight
 from gossamer.formats.group import Group
@@ -48,6 +48,5 @@ __all__ = [
     "parse_weight",
     "project",
     "resolve",
-    "validate",
     "weight_of",
 ]

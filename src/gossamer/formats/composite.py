@@ -40,7 +40,6 @@ __all__ = [
     "encode_with",
     "leaves",
     "resolve",
-    "validate",
     "weight_of",
 ]
 
@@ -236,27 +235,6 @@ def encode_with(fmt: Format, w: F32, hints: Hints | None = None, where: str = "t
     return Packed(fmt, (rows, cols), encode_branch(fmt, w, hints or {}))
 
 
-def validate(packed: Packed, where: str) -> None:
-    """``Packed.validate`` for every format: names, types and lengths of the arrays, and what indices they hold."""
-    fmt, (rows, cols) = packed.format, packed.shape
-    wanted = fmt.fields(rows, cols)
-    if set(wanted) != set(packed.arrays):
-        raise FormatError(
-            f"{where} is stored as {fmt}, which takes the arrays {sorted(wanted)}, but has {sorted(packed.arrays)}."
-        )
-    for name, field in wanted.items():
-        array, exact = packed.arrays[name], not isinstance(field, Array) or field.exact
-        fits = array.ndim == 1 and (len(array) == field.length if exact else len(array) and array.nbytes % ALIGN == 0)
-        if array.dtype != field.numpy or not fits:
-            length = str(field.length) if exact else "a multiple of 64 bytes"
-            raise FormatError(
-                f"{where}: array '{name}' of {fmt} must be {length} x {field.numpy}, "
-                f"but is {array.shape} x {array.dtype}."
-            )
-    if isinstance(fmt, Composite):
-        fmt.check_arrays(packed.arrays, rows, cols, where)
-
-
 def refuse_infinite(w: F32, fmt: Format, where: str) -> None:
     finite = np.isfinite(w).all(axis=1)
     if not finite.all():
@@ -267,23 +245,6 @@ def refuse_infinite(w: F32, fmt: Format, where: str) -> None:
 
 
 # ---------------------------------------------------------------- arrays of a node's own
-
-
-@dataclass(frozen=True)
-class Array(Field):
-    """A field that may hold indices (U16, U32) and whose length may depend on the matrix.
-
-    ``exact`` is False where the shape alone does not tell the length: ``used`` is then an estimate from above.
-    """
-
-    exact: bool = True
-
-    @property
-    def numpy(self) -> np.dtype[Any]:
-        return _INDEX[self.dtype] if self.dtype in _INDEX else super().numpy
-
-
-_INDEX: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4")}
 
 
 def padded(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

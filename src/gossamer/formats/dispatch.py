@@ -9,6 +9,7 @@ which is correct for every format and named by ``inspect`` and ``bench``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,15 @@ Arrays = dict[str, npt.NDArray[Any]]
 class Leaf:
     """A stored matrix inside a site: what it is, how it is multiplied, and why not faster (or None).
 
-    ``path`` is "int8" (integer dot product), "bf16" (bfloat16 dot product), "f32", or "sparse".
+    ``path`` is "int8" (integer dot product), "bf16" (bfloat16 dot product), "f32", or "sparse"; ``macs`` counts its
+    multiply-adds for a token.
     """
 
     format: str
     input: str
     path: str
     why: str | None
+    macs: int
 
 
 @dataclass(frozen=True)
@@ -59,21 +62,26 @@ class Runner:
     """A linear site ready to run.
 
     ``refused`` says why the site is unfused (decoded to float32, or integer inputs that no kernel takes as such), or
-    is None; ``leaves`` tells it for every stored matrix. ``weight`` is what an embedding is looked up in.
+    is None; ``leaves`` tells it for every stored matrix.
     """
 
     site: ops.Site
-    weight: ops.Weight
     input: InputFormat
     packed: Packed
     leaves: list[Leaf]
     refused: str | None
     first: list[ops.Site] = field(default_factory=list)  # low-rank parts: what runs before, into memory of its own
+    only: ops.Weight | None = None  # the whole matrix, where it is stored as one
     _memory: dict[int, list[F32]] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         return self.packed.shape[0]
+
+    @cached_property
+    def weight(self) -> ops.Weight:
+        """What an embedding is looked up in: the matrix as it is stored, or decoded to float32 where it has parts."""
+        return _dense(self.packed.decode()) if self.only is None else self.only
 
     @property
     def whole(self) -> bool:
@@ -100,12 +108,7 @@ def make_runner(packed: Packed, fmt: SiteFormat, bias: F32 | None = None) -> Run
         bias = np.ascontiguousarray(bias, np.float32)
     site = ops.Site(*packed.shape, bias)
     builder.rows(site, packed.format, dict(packed.arrays), *packed.shape, fmt.input, [])
-    if isinstance(packed.format, Composite):
-        weight = _dense(packed.decode()) if builder.weight is None else builder.weight
-    else:
-        assert builder.weight is not None
-        weight = builder.weight
-    return Runner(site, weight, fmt.input, packed, builder.leaves, builder.refused, builder.first)
+    return Runner(site, fmt.input, packed, builder.leaves, builder.refused, builder.first, builder.only())
 
 
 class _Builder:
@@ -117,6 +120,10 @@ class _Builder:
         self.first: list[ops.Site] = []
         self.refused: str | None = None
         self.weight: ops.Weight | None = None
+
+    def only(self) -> ops.Weight | None:
+        """The weight of the whole matrix, when it is a single leaf with no step before it."""
+        return self.weight if len(self.leaves) == 1 else None
 
     def rows(
         self, site: ops.Site, fmt: Format, arrays: Arrays, rows: int, cols: int, given: InputFormat, steps: list[Any]
@@ -188,15 +195,15 @@ class _Builder:
         path, why = weight.path(input)
         if path == "f32" and given.quantized and kernel is not None and not isinstance(fmt, Dense):
             self.refused = f"{fmt} @ {given} runs in float32 on rounded inputs: {why}"
-        self.leaves.append(Leaf(str(fmt), str(given), path, why))
+        self.leaves.append(Leaf(str(fmt), str(given), path, why, rows * cols))
         if (rows, cols) == self.shape and extra < 0 and not steps:
-            self.weight = weight if not self.leaves[1:] else None
+            self.weight = weight
         site.part(weight, input, extra, cols if extra >= 0 else 0, steps)
 
     def mask(
         self, site: ops.Site, fmt: Mask, arrays: Arrays, rows: int, cols: int, given: InputFormat, steps: list[Any]
     ) -> None:
-        self.leaves.append(Leaf(str(fmt), str(given), "sparse", None))
+        self.leaves.append(Leaf(str(fmt), str(given), "sparse", None, fmt.count(rows, cols)))
         kind, scale = fmt.stored, float(arrays["scales"][0]) if "scales" in arrays else 1.0
         index, values = (np.ascontiguousarray(arrays[n]).view(np.uint8) for n in ("index", "values"))
         matrix = ops.Mask(rows, cols, np.ascontiguousarray(arrays["starts"], np.uint32), index, kind, values, scale)

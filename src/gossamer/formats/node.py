@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,8 @@ class ArraySource:
 # How each safetensors type of a packed array lies in memory; bfloat16 as its bits.
 _STORAGE: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
@@ -61,10 +63,15 @@ _STORAGE: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class Field:
-    """One packed array: ``dtype`` as safetensors names it, ``used`` elements, ``length`` with padding."""
+    """One packed array: ``dtype`` as safetensors names it, ``used`` elements, ``length`` with padding.
+
+    ``exact`` is False where the length depends on the matrix, not on its shape alone: ``used`` is then an estimate from
+    above, and any length of whole 64 bytes may be right.
+    """
 
     dtype: str
     used: int
+    exact: bool = True
 
     @property
     def numpy(self) -> np.dtype[Any]:
@@ -78,6 +85,17 @@ class Field:
     @property
     def nbytes(self) -> int:
         return self.length * self.numpy.itemsize
+
+    def fits(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
+        """Whether an array of this type and shape can be the one meant."""
+        if dtype != self.numpy or len(shape) != 1:
+            return False
+        return shape[0] == self.length if self.exact else shape[0] > 0 and shape[0] * dtype.itemsize % ALIGN == 0
+
+    @property
+    def wanted(self) -> str:
+        """The length in words."""
+        return f"{self.length} elements" if self.exact else f"a multiple of {ALIGN} bytes"
 
 
 class Format(Protocol):
@@ -134,7 +152,10 @@ class Packed:
         return self.format.decode_rows(self.arrays, rows, cols, r0, rows if r1 is None else r1)
 
     def validate(self, where: str) -> None:
-        """Raises FormatError when the arrays do not have the types and lengths that the format asks for."""
+        """Raises FormatError when the arrays are not the ones that the format asks for.
+
+        Checked are names, types and lengths, and the contents of arrays of indices: what passes is safe to run.
+        """
         wanted = self.format.fields(*self.shape)
         if set(wanted) != set(self.arrays):
             raise FormatError(
@@ -143,11 +164,21 @@ class Packed:
             )
         for name, field in wanted.items():
             array = self.arrays[name]
-            if array.dtype != field.numpy or array.shape != (field.length,):
+            if not field.fits(array.dtype, array.shape):
                 raise FormatError(
-                    f"{where}: array '{name}' of {self.format} must be {field.length} x {field.numpy}, "
+                    f"{where}: array '{name}' of {self.format} must be {field.wanted} of {field.numpy}, "
                     f"but is {array.shape} x {array.dtype}."
                 )
+        if isinstance(self.format, _Indexed):
+            self.format.check_arrays(self.arrays, *self.shape, where)
+
+
+@runtime_checkable
+class _Indexed(Protocol):
+    """A format with arrays whose contents can be wrong: indices, lengths."""
+
+    def check_arrays(self, arrays: Mapping[str, npt.NDArray[Any]], rows: int, cols: int, where: str) -> None:
+        """Raises FormatError when what the arrays hold makes no sense."""
 
 
 def allocate(fmt: Format, rows: int, cols: int) -> dict[str, npt.NDArray[Any]]:

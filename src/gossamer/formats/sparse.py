@@ -31,7 +31,6 @@ from gossamer.formats import halves
 from gossamer.formats.composite import (
     F32,
     MAX_INDEX,
-    Array,
     Arrays,
     Branch,
     Composite,
@@ -109,12 +108,12 @@ class Mask(Composite):
         slots = panels * min(cols, math.ceil(mean + 3 * math.sqrt(mean) + 2))
         kinds = {"f32": "F32", "f16": "F16", "bf16": "BF16", "int8/tensor": "U8"}
         fields: dict[str, Field] = {
-            "starts": Array("U32", panels + 1),
-            "index": Array(_index_type(cols), slots * PANEL, exact=False),
-            "values": Array(kinds[self._number], slots * PANEL, exact=False),
+            "starts": Field("U32", panels + 1),
+            "index": Field(_index_type(cols), slots * PANEL, exact=False),
+            "values": Field(kinds[self._number], slots * PANEL, exact=False),
         }
         if self._number == "int8/tensor":
-            fields["scales"] = Array("F32", 1)
+            fields["scales"] = Field("F32", 1)
         return fields
 
     # ------------------------------------------------------------ values

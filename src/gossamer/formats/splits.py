@@ -24,7 +24,6 @@ from gossamer.errors import FormatError
 from gossamer.formats.composite import (
     F32,
     MAX_INDEX,
-    Array,
     Arrays,
     Branch,
     Composite,
@@ -78,7 +77,7 @@ class _Split(Composite):
             )
 
     def own_fields(self, rows: int, cols: int) -> dict[str, Field]:
-        return {"index": Array("U32", sum(self.counts))}
+        return {"index": Field("U32", sum(self.counts))}
 
     def _sizes(self, size: int) -> list[int]:
         return [*self.counts, size - sum(self.counts)]

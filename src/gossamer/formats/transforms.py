@@ -31,7 +31,6 @@ from gossamer.errors import FormatError
 from gossamer.formats.composite import (
     F32,
     MAX_INDEX,
-    Array,
     Arrays,
     Branch,
     Composite,
@@ -244,7 +243,7 @@ class Permute(Composite):
             raise FormatError(f"{self} cannot number {cols} columns.")
 
     def own_fields(self, rows: int, cols: int) -> dict[str, Field]:
-        return {"index": Array("U32", cols)}
+        return {"index": Field("U32", cols)}
 
     def transform(self, x: F32, arrays: Arrays) -> F32:
         """x[:, index] of float32 x [tokens, cols]."""
@@ -284,7 +283,7 @@ class Scale(Composite):
         return (("0", self.inner),)
 
     def own_fields(self, rows: int, cols: int) -> dict[str, Field]:
-        return {"factors": Array("F32", cols)}
+        return {"factors": Field("F32", cols)}
 
     def transform(self, x: F32, arrays: Arrays) -> F32:
         """x * factors of float32 x [tokens, cols]."""

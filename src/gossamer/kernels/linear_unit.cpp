@@ -30,7 +30,7 @@ bool in_place(const Weight& w, Path path, int64_t tokens) {
       return w.bits == 4 ? few || w.byte_table.empty() : few && w.byte_table.empty() && w.bits >= 2 && w.bits <= 6;
     case Path::pairs: return !w.coded() || w.bits == 4 || (few && (w.bits >= 5 && w.bits != 7));
     default:
-      if (!w.coded()) return w.number != Number::bf16 && w.cols % 8 == 0 && tokens <= (w.number == Number::f32 ? kCopyTokens : kUnpackTokens);
+      if (!w.coded()) return w.number != Number::bf16 && w.cols % kBlock == 0 && tokens <= (w.number == Number::f32 ? kCopyTokens : kUnpackTokens);
       return few && !w.table_per_row && (w.bits == 4 || (w.bits == 8 && !w.table));
   }
 }
@@ -184,11 +184,11 @@ template <int P> void floats(const Job& j) {
   const bool place = in_place(w, Path::floats, j.tokens);
   if (place && w.number == Number::f32)
     return run_chunks<Floats, P>(j, Values::floats, [&](int, int64_t panel, int64_t, int64_t) {
-      return Floats{reinterpret_cast<const float*>(w.values) + (panel) * w.cols * 16, 0, ahead_of(j, P, w.cols * 64)};
+      return Floats{reinterpret_cast<const float*>(w.values) + panel * w.cols * 16, 0, ahead_of(j, P, w.cols * 64)};
     });
   if (place && w.number == Number::f16)
     return run_chunks<Halves, P>(j, Values::floats, [&](int, int64_t panel, int64_t, int64_t) {
-      return Halves{reinterpret_cast<const f16*>(w.values) + (panel) * w.cols * 16, ahead_of(j, P, w.cols * 32)};
+      return Halves{reinterpret_cast<const f16*>(w.values) + panel * w.cols * 16, ahead_of(j, P, w.cols * 32)};
     });
   if (place && w.bits == 4)
     return run_chunks<FloatNibbles, P>(j, Values::floats, [&](int, int64_t panel, int64_t, int64_t) {
@@ -219,7 +219,7 @@ template <int P> void pairs(const Job& j) {
   const Weight& w = *j.part.weight;
   if (w.number == Number::bf16)
     return run_chunks<PairValues, P>(j, Values::floats, [&](int, int64_t panel, int64_t, int64_t) {
-      return PairValues{reinterpret_cast<const uint16_t*>(w.values) + (panel) * w.width() * 16, 0,
+      return PairValues{reinterpret_cast<const uint16_t*>(w.values) + panel * w.width() * 16, 0,
                         ahead_of(j, P, w.width() * 32)};
     });
   if (w.bits == 4) {

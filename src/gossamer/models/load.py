@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from gossamer.errors import UsageError
 from gossamer.formats import Packed, SiteFormat
-from gossamer.formats.dispatch import make_runner
+from gossamer.formats.dispatch import Leaf, make_runner
 from gossamer.models.checkpoint import Checkpoint
 from gossamer.models.memory import Region
 from gossamer.models.topology import Site, Topology
@@ -28,6 +29,12 @@ class Loaded:
     packed: dict[str, Packed]
     unfused: dict[str, str]
 
+    def explain(self, name: str) -> list[Leaf]:
+        """How a site runs: each stored matrix, what multiplies it, why not faster. UsageError: no such site."""
+        if name not in self.formats:
+            raise UsageError(f"'{name}' is no site of this model; a site is for example '{next(iter(self.formats))}'.")
+        return self.transformer.runners[name].leaves
+
     @property
     def weight_bytes(self) -> int:
         """Packed bytes of all matrices; a tied table counts once."""
@@ -48,7 +55,8 @@ class Loaded:
 class Plan:
     """What a choice of formats comes to, known before anything is converted.
 
-    ``data_bytes`` are packed matrices, norms and biases; ``bits_per_weight`` is 8 x that / parameters.
+    ``data_bytes`` are packed matrices, norms and biases; ``bits_per_weight`` is 8 x that / parameters. Both are
+    estimates where the bytes of sparse parts depend on the weights.
     """
 
     formats: dict[str, SiteFormat]
