@@ -159,11 +159,12 @@ template <int P> void bytes(const Job& j) {
 
 template <int P> void floats(const Job& j) {
   const Weight& w = *j.part.weight;
-  if (w.number == Number::f32 && w.cols % 8 == 0 && j.tokens <= kCopyTokens)
+  // Read in place where the width has no padding, which these arrays do not store.
+  if (w.number == Number::f32 && w.cols == w.width() && j.tokens <= kCopyTokens)
     return run_chunks<Floats, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
       return Floats{reinterpret_cast<const float*>(w.values) + (j.panel + p) * w.cols * 16, 0, ahead_of(j, P, w.cols * 64)};
     });
-  if (w.number == Number::f16 && w.cols % 8 == 0 && j.tokens <= kUnpackTokens)
+  if (w.number == Number::f16 && w.cols == w.width() && j.tokens <= kUnpackTokens)
     return run_chunks<Halves, P>(j, Values::floats, [&](int p, int64_t, int64_t) {
       return Halves{reinterpret_cast<const f16*>(w.values) + (j.panel + p) * w.cols * 16, ahead_of(j, P, w.cols * 32)};
     });
@@ -222,8 +223,9 @@ int max_tile() { return kMaxTile; }
 
 int panels_at_once(Path path, int64_t tokens) {
   // Bytes of one panel are one stream from memory; a float chain needs others beside it to hide its latency.
+  if (kMaxPanels < 4) return tokens == 1 && path != Path::bytes ? kMaxPanels : 1;  // `pick` has no larger tiles
   if (tokens <= few_tokens()) return path == Path::bytes ? 1 : kMaxPanels;
-  return kMaxPanels == 4 ? 2 : 1;
+  return 2;
 }
 
 int64_t panel_scratch(int64_t tokens, const PanelPart& part) {
