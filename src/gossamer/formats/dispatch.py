@@ -9,6 +9,7 @@ which is correct for every format and named by ``inspect`` and ``bench``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from gossamer.formats.sums import Sum
 from gossamer.formats.transforms import Hadamard, Permute, Scale, signs
 
 __all__ = ["Leaf", "Norm", "Runner", "linear", "make_runner"]
+
+SITE_INPUT = (-1, 0)  # what a part reads: this, or which of the site's further inputs and how many columns that has
 
 F32 = npt.NDArray[np.float32]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -59,17 +62,17 @@ class Runner:
     """A linear site ready to run.
 
     ``refused`` says why the site is unfused (decoded to float32, or integer inputs that no kernel takes as such), or
-    is None; ``leaves`` tells it for every stored matrix. ``weight`` is what an embedding is looked up in.
+    is None; ``leaves`` tells it for every stored matrix.
     """
 
     site: ops.Site
-    weight: ops.Weight
+    only: ops.Weight | None  # the stored matrix where there is but one, as it is
     input: InputFormat
     packed: Packed
     leaves: list[Leaf]
     refused: str | None
     first: list[ops.Site] = field(default_factory=list)  # low-rank parts: what runs before, into memory of its own
-    _memory: dict[int, list[F32]] = field(default_factory=dict)
+    _memory: list[F32] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -81,10 +84,15 @@ class Runner:
         return bool(self.site.blocks == 1) and not isinstance(self.packed.format, Rows)
 
     def extras(self, tokens: int) -> list[F32]:
-        """Memory for the results of ``first``, float32 [tokens, R] each; the same at every call."""
-        if tokens not in self._memory:
-            self._memory[tokens] = [np.empty((tokens, site.rows), np.float32) for site in self.first]
-        return self._memory[tokens]
+        """Memory for the results of ``first``, float32 [tokens, R] each; the same memory as long as it is enough."""
+        if any(len(z) < tokens for z in self._memory) or not self._memory:
+            self._memory = [np.empty((tokens, site.rows), np.float32) for site in self.first]
+        return [z[:tokens] for z in self._memory]
+
+    @cached_property
+    def weight(self) -> ops.Weight:
+        """What an embedding is looked up in; a format of several parts is decoded for it, at the first use."""
+        return _dense(self.packed.decode()) if self.only is None else self.only
 
     def look_up(self, ids: npt.NDArray[np.int64]) -> F32:
         """Rows ``ids`` of the matrix: float32 [n, columns]. A tied table is looked up and multiplied with."""
@@ -100,12 +108,8 @@ def make_runner(packed: Packed, fmt: SiteFormat, bias: F32 | None = None) -> Run
         bias = np.ascontiguousarray(bias, np.float32)
     site = ops.Site(*packed.shape, bias)
     builder.rows(site, packed.format, dict(packed.arrays), *packed.shape, fmt.input, [])
-    if isinstance(packed.format, Composite):
-        weight = _dense(packed.decode()) if builder.weight is None else builder.weight
-    else:
-        assert builder.weight is not None
-        weight = builder.weight
-    return Runner(site, weight, fmt.input, packed, builder.leaves, builder.refused, builder.first)
+    only = builder.weight if len(builder.leaves) == 1 else None
+    return Runner(site, only, fmt.input, packed, builder.leaves, builder.refused, builder.first)
 
 
 class _Builder:
@@ -116,7 +120,7 @@ class _Builder:
         self.leaves: list[Leaf] = []
         self.first: list[ops.Site] = []
         self.refused: str | None = None
-        self.weight: ops.Weight | None = None
+        self.weight: ops.Weight | None = None  # of the last leaf that is the whole matrix
 
     def rows(
         self, site: ops.Site, fmt: Format, arrays: Arrays, rows: int, cols: int, given: InputFormat, steps: list[Any]
@@ -135,13 +139,21 @@ class _Builder:
             self.parts(site, fmt, arrays, rows, cols, given, steps)
 
     def parts(
-        self, site: ops.Site, fmt: Format, arrays: Arrays, rows: int, cols: int, given: InputFormat, steps: list[Any]
+        self,
+        site: ops.Site,
+        fmt: Format,
+        arrays: Arrays,
+        rows: int,
+        cols: int,
+        given: InputFormat,
+        steps: list[Any],
+        source: tuple[int, int] = SITE_INPUT,
     ) -> None:
-        """Adds the parts of one block of rows. ``steps`` transform the site's input on its way here."""
+        """Adds the parts of one block of rows. ``steps`` transform their input (``source``) on its way here."""
 
         def branch(b: Branch, prefix: str, cols: int, steps: list[Any]) -> None:
             inner, own = resolve(b, given)
-            self.parts(site, inner, under(arrays, prefix), rows, cols, own, steps)
+            self.parts(site, inner, under(arrays, prefix), rows, cols, own, steps, source)
 
         if isinstance(fmt, Sum):
             for name, term in fmt.parts:
@@ -158,14 +170,15 @@ class _Builder:
             first.block(None)
             self.parts(first, inner, under(arrays, "1."), fmt.rank, cols, own, steps)
             self.first.append(first)
-            self.leaf(site, inner, under(arrays, "0."), rows, fmt.rank, own, [], len(self.first) - 1)
+            between = (len(self.first) - 1, fmt.rank)
+            self.parts(site, inner, under(arrays, "0."), rows, fmt.rank, own, [], between)
         elif isinstance(fmt, Mask):
-            self.mask(site, fmt, arrays, rows, cols, given, steps)
+            self.mask(site, fmt, arrays, rows, cols, given, steps, source)
         elif isinstance(fmt, Planes):
             merged = fmt.merge(arrays, rows, cols)
-            self.leaf(site, fmt.inner, merged, rows, cols, given, steps)
+            self.leaf(site, fmt.inner, merged, rows, cols, given, steps, source)
         else:
-            self.leaf(site, fmt, arrays, rows, cols, given, steps)
+            self.leaf(site, fmt, arrays, rows, cols, given, steps, source)
 
     def leaf(
         self,
@@ -176,7 +189,7 @@ class _Builder:
         cols: int,
         given: InputFormat,
         steps: list[Any],
-        extra: int = -1,
+        source: tuple[int, int],
     ) -> None:
         kernel = fmt.kernel(arrays, rows, cols)
         if kernel is None:
@@ -189,18 +202,26 @@ class _Builder:
         if path == "f32" and given.quantized and kernel is not None and not isinstance(fmt, Dense):
             self.refused = f"{fmt} @ {given} runs in float32 on rounded inputs: {why}"
         self.leaves.append(Leaf(str(fmt), str(given), path, why))
-        if (rows, cols) == self.shape and extra < 0 and not steps:
-            self.weight = weight if not self.leaves[1:] else None
-        site.part(weight, input, extra, cols if extra >= 0 else 0, steps)
+        if (rows, cols) == self.shape and source == SITE_INPUT and not steps:
+            self.weight = weight
+        site.part(weight, input, *source, steps)
 
     def mask(
-        self, site: ops.Site, fmt: Mask, arrays: Arrays, rows: int, cols: int, given: InputFormat, steps: list[Any]
+        self,
+        site: ops.Site,
+        fmt: Mask,
+        arrays: Arrays,
+        rows: int,
+        cols: int,
+        given: InputFormat,
+        steps: list[Any],
+        source: tuple[int, int],
     ) -> None:
         self.leaves.append(Leaf(str(fmt), str(given), "sparse", None))
         kind, scale = fmt.stored, float(arrays["scales"][0]) if "scales" in arrays else 1.0
         index, values = (np.ascontiguousarray(arrays[n]).view(np.uint8) for n in ("index", "values"))
         matrix = ops.Mask(rows, cols, np.ascontiguousarray(arrays["starts"], np.uint32), index, kind, values, scale)
-        site.part(matrix, _input(given), -1, 0, steps)
+        site.part(matrix, _input(given), *source, steps)
 
 
 def _holds(branch: Branch, kinds: tuple[type, ...]) -> bool:
