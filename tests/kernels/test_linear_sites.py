@@ -305,7 +305,7 @@ def test_an_output_may_be_the_input():
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_inside_a_program(level):
-    """Norm, shared inputs, gate, low rank and an addition, replayed for fewer tokens, have the bits of calls at once."""
+    """Norm, shared inputs, gate, low rank and an addition, replayed for fewer tokens, as calls at once."""
     kernels.set_isa(level)
     width, inner = 64, 112
     texts = ("hadamard(32, 1, int4/row) @ int4/token", "int4/g32 + rank4(f16)", "rows(9: bf16, int8/g32) @ int8/token")
