@@ -250,3 +250,12 @@ def inputs(tokens, cols, seed=0):
     x = rng.standard_normal((tokens, cols)).astype(np.float32)
     x[np.arange(tokens), rng.integers(0, cols, tokens)] *= 20
     return x
+
+
+def moved(array, offset):
+    """The same values ``offset`` bytes into another buffer, as a part of a mapped file may lie."""
+    room = np.zeros(array.nbytes + 128, np.uint8)
+    start = -room.ctypes.data % 64 + offset
+    there = room[start : start + array.nbytes]
+    there[:] = np.ascontiguousarray(array).view(np.uint8)
+    return there.view(array.dtype)

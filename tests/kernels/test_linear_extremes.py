@@ -11,7 +11,7 @@ from gossamer.formats.coded import Parts
 kernels = pytest.importorskip("gossamer._kernels")
 ops = pytest.importorskip("gossamer.ops")
 
-from linear_reference import Matrix, input_of, inputs, make, reference, run, site  # noqa: E402
+from linear_reference import Matrix, input_of, inputs, make, moved, reference, run, site  # noqa: E402
 
 LEVELS = kernels.isa_supported()
 KINDS = tuple(map(parse_weight, (
@@ -168,8 +168,8 @@ def test_numbers_that_are_none_stay_in_their_row(level):
         rng = np.random.default_rng(1)
         tiles, groups = fmt.matrix(20, 64)
         codes = rng.integers(1, fmt.number.levels // 4, (20, 64)).astype(np.uint8)
-        scales = {"f32": np.float32(0.5), "f16": np.float16(0.5), "bf16": np.uint16(0x3F00)}.get(fmt.scale, np.uint8(40))
-        scales = np.full((tiles, groups), scales)
+        half = {"f32": np.float32(0.5), "f16": np.float16(0.5), "bf16": np.uint16(0x3F00)}
+        scales = np.full((tiles, groups), half.get(fmt.scale, np.uint8(40)))
         if fmt.number.family == "minifloat":
             codes[3, 40] = 0x7F
         else:
@@ -186,15 +186,6 @@ def test_numbers_that_are_none_stay_in_their_row(level):
 
 
 # ------------------------------------------------------------ memory
-
-
-def moved(array, offset):
-    """The same values ``offset`` bytes into another buffer, as a part of a mapped file may lie."""
-    room = np.zeros(array.nbytes + 128, np.uint8)
-    start = -room.ctypes.data % 64 + offset
-    there = room[start : start + array.nbytes]
-    there[:] = np.ascontiguousarray(array).view(np.uint8)
-    return there.view(array.dtype)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -164,7 +164,7 @@ struct PackedWeight {
       set_scales(w.scales, "scales", text("scale"), inner("scales_nested"));
       set_scales(w.mins, "mins", text("min"), inner("mins_nested"));
       if (w.zero_bits && w.mins.kind != gsm::ScaleKind::none) refuse("a weight has zero points or minima, not both");
-      if (w.has_offset() && (w.step != 1.0f || w.zero != 0.0f || w.table)) refuse("zero points and minima go with plain codes alone");
+      if ((w.zero_bits || w.mins.kind != gsm::ScaleKind::none) && (w.step != 1.0f || w.zero != 0.0f || w.table)) refuse("zero points and minima go with plain codes alone");
     }
     const gsm::ArrayBytes need = gsm::array_bytes(w);
     w.values = take(keep, "values", bytes("values"), need.values, w.number == gsm::Number::f32 ? 4 : 2);
@@ -190,6 +190,7 @@ struct PackedMask {
     m.cols = cols;
     m.kind = kind == "int8" ? gsm::ScaleKind::none : pick(kKinds, "number", kind);
     const int64_t size = bytes_of(m.kind);
+    if (kind == "none") refuse("the entries of a mask are f32, f16, bf16 or int8");
     if (m.kind != gsm::ScaleKind::none && m.kind != gsm::ScaleKind::f32 && m.kind != gsm::ScaleKind::f16 && m.kind != gsm::ScaleKind::bf16)
       refuse("the entries of a mask are f32, f16, bf16 or int8");
     m.scale = static_cast<float>(scale);
