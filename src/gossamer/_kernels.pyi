@@ -21,9 +21,22 @@ _Pool = npt.NDArray[Any]  # float32, float16, bfloat16 as uint16, or uint8 codes
 _Scale = npt.NDArray[Any]
 
 class Weight:
-    """A packed matrix and the arrays it reads, which it keeps alive: see docs/formats.md for the layout.
+    """A packed matrix [rows, cols], at most 2^46 elements, and the arrays it reads, which it keeps alive.
 
-    ``number`` is "f32", "f16", "bf16" or "u1" to "u8"; ``arrays`` holds what ``ops.make_weight`` says.
+    ``number``: "f32", "f16", "bf16", or "u1" to "u8" for codes of so many bits. ``arrays`` are flat,
+    uint8, laid out as docs/formats.md says, each at least as long as the shape asks for (padding is not needed):
+    "values" of plain numbers; "q8", "q4", "q2", "q1" (the fields of a code), "zeros", "scales", "mins". One that is not
+    aligned to its element size is copied. Beside them, for codes:
+
+    - group (int): columns that share a scale, a multiple of 8; of a whole row its padded width;
+    - tile_rows (int, 1): rows that do, 1 or a multiple of 16;
+    - step, zero (float, 1 and 0): a code c stands for step * c - zero, zero from 0 to 255 steps; or
+    - table (float32 [2^bits]): for table[c]; with table_per_row (int) float32 [panels][2^bits][16 rows];
+    - scale, min (str, "none"): what "scales" and "mins" are: "f32", "f16", "bf16", "e8m0", "e4m3", or "nested", the
+      matrix [ceil(rows / tile_rows), groups] being the Weight "scales_nested" or "mins_nested";
+    - zero_bits (int, 0): 4 or 8 where there are zero points. These, and minima, go with plain codes (step 1, zero 0).
+
+    ValueError for anything else.
     """
 
     def __init__(self, number: str, rows: int, cols: int, arrays: dict[str, Any]) -> None: ...
@@ -32,14 +45,27 @@ class Weight:
     @property
     def cols(self) -> int: ...
     def path(self, input: Input) -> tuple[str, str | None]:
-        """How it is multiplied with such inputs, "int8", "bf16" or "f32", and why not faster, or None."""
+        """How the current level multiplies it with inputs of this format: "int8" (integer dot product), "bf16" (bf16
+        dot product) or "f32" (of the rounded input), and the reason why no faster way fits, or None."""
 
 class Mask:
-    """Sparse entries: ``starts`` uint32 [panels + 1], ``index`` and ``values`` as bytes, of ``kind`` "f32", "f16",
-    "bf16" or "int8", which ``scale`` multiplies. A column that does not exist is a ValueError."""
+    """Unstructured entries of a matrix [rows, cols], by panel of 16 rows; it keeps its arrays.
+
+    ``starts`` uint32 [panels + 1]: the first slot of each panel, then the end, never falling. ``index`` and ``values``,
+    flat uint8 [slot][16 rows]: columns (16-bit, 32-bit where there are more than 65535 columns; all ones: empty) and
+    entries of ``kind`` "f32", "f16", "bf16", or "int8": ``scale`` * (byte - 128). ValueError for arrays that are too
+    short and columns that do not exist.
+    """
 
     def __init__(
-        self, rows: int, cols: int, starts: npt.NDArray[np.uint32], index: _U8, kind: str, values: _U8, scale: float
+        self,
+        rows: int,
+        cols: int,
+        starts: npt.NDArray[np.uint32],
+        index: _U8,
+        kind: str,
+        values: _U8,
+        scale: float,
     ) -> None: ...
     @property
     def rows(self) -> int: ...
@@ -47,29 +73,41 @@ class Mask:
     def cols(self) -> int: ...
 
 class Input:
-    """What inputs are rounded to: a number, the columns of a group (0: a token), a static scale (0: dynamic) and the
-    size from which elements stay out (0: none)."""
+    """What an input is rounded to: "f32", "bf16", "int8", "int4", "uint8", "uint4" or "e4m3" (gossamer.formats.inputs).
+
+    ``group``: columns that share a scale, a multiple of 16, or 0 for the token; ``fixed``: a static scale, or 0;
+    ``outlier``: elements at least so large stay in float32, or 0. The first two numbers take none of the three.
+    """
 
     def __init__(self, rounding: str, group: int, fixed: float, outlier: float) -> None: ...
 
 class Site:
-    """The rows of a linear site: blocks of rows, each a sum of parts."""
+    """The rows of one linear site: blocks of rows, each the sum of its parts. It keeps what it is given.
+
+    ``bias`` is float32 [rows] or None. Each row belongs to exactly one block.
+    """
 
     def __init__(self, rows: int, cols: int, bias: _F32 | None) -> None: ...
     def block(self, index: npt.NDArray[np.uint32] | None) -> None:
-        """Opens a block of the rows ``index``, or of all."""
+        """Begins a block: the rows ``index`` [n] of the output, in this order; None: all of them, the only block."""
 
-    def part(self, matrix: Weight | Mask, input: Input, extra: int, extra_cols: int, steps: list[Any]) -> None:
-        """Adds a matrix to the block. It multiplies the site's input, or ``extra`` of a call (-1: none) of
-        ``extra_cols`` columns, after ``steps``: ("gather", uint32 [n]), ("multiply", float32 [n]) or ("hadamard",
-        order, signs float32 [n] or None)."""
+    def part(
+        self, matrix: Weight | Mask, input: Input, extra: int, extra_cols: int, steps: list[tuple[Any, ...]]
+    ) -> None:
+        """Adds a matrix of as many rows as the last block has.
+
+        It reads the call's input (``extra`` -1), or the further input number ``extra`` of ``extra_cols`` columns, after
+        ``steps`` in float32, before the rounding: ("gather", uint32 [n]) takes columns, ("multiply", float32 [n]), and
+        ("hadamard", order, signs float32 [n] or None) as in ``fwht``. ValueError where sizes do not meet.
+        """
 
     @property
     def rows(self) -> int: ...
     @property
     def cols(self) -> int: ...
     @property
-    def blocks(self) -> int: ...
+    def blocks(self) -> int:
+        """How many blocks there are."""
 
 class Program:
     """A list of ops over arrays that it keeps; made by ``ops.record``."""
@@ -100,15 +138,28 @@ def set_isa(name: str) -> None: ...
 def threads() -> int: ...
 def set_threads(n: int) -> None: ...
 def linear(
-    x: _F32, sites: list[Site], outs: list[_F32], extras: list[list[_F32]], gain: _F32 | None, eps: float, epilogue: str
+    x: _F32,
+    sites: list[Site],
+    outs: list[_F32],
+    extras: list[list[_F32]],
+    gain: _F32 | None,
+    eps: float,
+    epilogue: str,
 ) -> None:
-    """(op) outs[i] [M, rows_i] = x [M, cols] W_i^T + b_i; the rest as ``ops.linear`` says."""
+    """(op) outs[i] [M, rows_i] = x [M, cols] W_i^T + b_i; what sites share is prepared once.
+
+    ``gain`` [cols]: x is first normalised as ``rmsnorm`` does. ``epilogue``: "store"; "add" (outs[i] += ...); or
+    "silu", "gelu", "gelu_tanh" with two sites of one block each and one output: act(first) * second. ``extras[i]`` [M, n]
+    are the further inputs of site i; an empty list where no site has any. ``outs`` may be ``x``. Parts are added in
+    float32 in their order, then the bias. A NaN or an infinity in a token makes that token's results NaN or infinite
+    and touches no other: docs/formats.md.
+    """
 
 def embed(weight: Weight, ids: _I32, out: _F32) -> None:
-    """(op) out [M, cols] = rows ``ids`` [M] of the matrix."""
+    """(op) out [M, cols] = rows ``ids`` [M] of the matrix, as ``decode`` gives them. ValueError for an id outside."""
 
 def decode_rows(weight: Weight, ids: npt.NDArray[np.int64], out: _F32) -> None:
-    """out [n, cols] = rows ``ids`` of the matrix."""
+    """out [n, cols] = rows ``ids`` [n] of the matrix, as ``decode`` gives them. ValueError for an id outside."""
 
 def rmsnorm(x: _F32, gain: _F32, eps: float, out: _F32) -> None:
     """(op) out [M, D] = x / sqrt(mean(x^2) + eps) * gain [D]; ``out`` may be ``x``."""

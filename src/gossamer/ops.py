@@ -122,7 +122,7 @@ def make_weight(kernel: Kernel, rows: int, cols: int) -> Weight:
     arrays |= {"step": kernel.step, "zero": kernel.zero, "group": kernel.group, "tile_rows": kernel.tile_rows}
     arrays |= {"zero_bits": kernel.zero_bits, "table_per_row": int(kernel.table_per_row)}
     if kernel.table is not None:
-        arrays["table"] = np.ascontiguousarray(kernel.table, np.float32).ravel()
+        arrays["table"] = np.require(kernel.table, np.float32, ["C", "A"]).ravel()
     groups = -(-cols // kernel.group) if kernel.group else 1
     for name, kind, scales in (("scales", "scale", kernel.scales), ("mins", "min", kernel.mins)):
         if scales is not None:

@@ -1,11 +1,7 @@
-"""Linear kernels against float64, for every format, input format and instruction-set level.
+"""Linear kernels against float64, for every kind of weight, input format and instruction-set level.
 
-The reference models the rounding of the input exactly and multiplies the stored codes in float64. Tolerance: a
-float32 sum of n terms errs by at most n 2^-24 times the sum of their magnitudes, and twice that is allowed, since a
-level without a fused multiply-add rounds twice. For float and bf16 inputs n is the length of a chain (a quarter of
-the group), plus one for each group, plus 8 for joins, scale and bias; the terms are (|s| (|c| + |z|) + |m|) |x|. For
-int8 inputs sums within a group are exact, so that n counts groups alone and a term is a group's part of the result.
-The bf16 dot instruction takes subnormal inputs, products and sums for zero: 2^-126 a term, times the scale.
+How far a result may be from the reference, and why: see linear_reference.py. Combinations rotate deterministically, so
+that every value of each axis meets many of the others.
 """
 
 from __future__ import annotations
@@ -15,29 +11,42 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from gossamer.formats import ArraySource, Dense, Packed, allocate, encode, halves, parse_weight
-from gossamer.formats.node import PANEL
-from gossamer.formats.numbers import FLOATS, INTEGERS
+from gossamer.formats import ArraySource, Coded, Packed, allocate, encode, halves, parse_input, parse_weight
+from gossamer.formats.coded import Parts
+from gossamer.formats.numbers import FLOATS, NUMBERS
 
 kernels = pytest.importorskip("gossamer._kernels")
 ops = pytest.importorskip("gossamer.ops")
 
+from linear_reference import Matrix, input_of, inputs, make, reference, run, site  # noqa: E402
+
 LEVELS = kernels.isa_supported()
-INPUTS = ("f32", "bf16", "int8/token")
-FORMATS = [parse_weight(text) for text in (
-    *FLOATS,
-    *(f"{n}/{g}*{s}" for n in INTEGERS for g in ("g8", "g32", "g64", "g128", "row") for s in FLOATS),
-    *(f"{n}/{g}*{s}-m({m})" for n in ("uint8", "uint5", "uint4") for g in ("g8", "g32", "g64", "g128", "row")
-      for s in FLOATS for m in FLOATS),
-)]  # fmt: skip
-# One for each inner loop and offset.
-KINDS = [parse_weight(text) for text in (
-    "f32", "f16", "bf16", "int8/g32", "int8/row", "int5/g32", "int4/g32", "int4/row", "uint8/g32", "uint5/g64*f32",
-    "uint4/g32*bf16", "uint8/row-m(f32)", "uint5/g8-m(bf16)", "uint4/g32-m(f16)",
-)]  # fmt: skip
-ROWS = (1, 15, 16, 17, 33)
-COLS = (1, 7, 8, 9, 31, 32, 33, 100, 257)
-TOKENS = (1, 2, 3, 5, 8, 9, 17)
+ROWS = (1, 15, 16, 17, 33, 70)
+COLS = (1, 7, 8, 16, 17, 24, 33, 100, 257, 600)
+TOKENS = (*range(1, 10), 12, 13, 17, 33)
+GROUPS = ("g16", "g32", "g48", "g64", "g128", "row", "tensor", "16x32", "32x48")
+SCALES = ("f32", "f16", "bf16", "e8m0", "e4m3", "(int8/row)", "(int6/g16)", "(e4m3/tensor)", "(uint8/row-z(0))",
+          "(uint6/g8-z(0))", "(int8/16x16)", "(nf4/g16)", "(uint3/g16)", "(int4/g24*(uint4/row))")  # fmt: skip
+MINS = ("f32", "f16", "bf16", "uint4/g16-z(0)", "int8/tensor", "uint6/g8-z(0)")
+FAMOUS = (
+    "uint2/g16*(uint4/g16-z(0))-m(uint4/g16-z(0))", "int3/g16*(int6/g16)", "uint4/g32*(uint6/g8-z(0))-m(uint6/g8-z(0))",
+    "uint5/g32*(uint6/g8-z(0))-m(uint6/g8-z(0))", "int6/g16*(int8/g16)", "e2m1/g32*e8m0", "e3m2/g32*e8m0",
+    "e5m2/g32*e8m0", "e2m1/g16*(e4m3/tensor)", "nf4/g64*(int8/g256)", "uint4/g128*(int8/row)",
+    "uint4/g128*(uint8/row-z(0))", "uint3/g16*(uint3/g16)", "e4m3/128x128", "uint4/128x128-m(f32)",
+)  # fmt: skip
+TABLES = tuple(f"kmeans{bits}/{per}" for bits in (2, 3, 4) for per in ("row", "tensor"))
+INPUTS = tuple(map(parse_input, (
+    "f32", "bf16", "int8/token", "int4/token", "uint4/token", "uint8/token", "e4m3/token", "int8/g16", "int8/g32",
+    "int4/g64", "uint4/g48", "uint8/g32", "e4m3/g16", "int8/g128", "uint4/g512", "int8/static(0.05)",
+    "uint4/static(0.3)", "e4m3/static(0.02)", "int8/token-o(6)", "int4/g32-o(2.5)", "uint4/token-o(3)",
+    "e4m3/token-o(6)", "uint8/g16-o(4)", "int8/static(0.02)-o(1)",
+)))  # fmt: skip
+# One for each inner loop, way to expand, and offset.
+KINDS = tuple(map(parse_weight, (
+    "f32", "f16", "bf16", "int8/g32", "int4/g32", "int4/row", "uint4/g32", "uint4/g64-m(f16)", "int2/g16", "int3/g32",
+    "int5/row", "int6/g16*(int8/g16)", "uint7/g48", "uint8/128x128", "bipolar1/g32", "bipolar4/row", "ternary/row",
+    "e2m1/g16*(e4m3/tensor)", "e2m3/g32*e8m0", "e4m3/g64", "nf4/g64", "kmeans3/tensor", "kmeans4/row",
+)))  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -48,294 +57,274 @@ def restore():
     kernels.set_threads(threads)
 
 
-def accepts(fmt, kind):
-    return fmt.integer or kind != "int8/token"
-
-
-def stored(fmt, rows, cols, seed=0, scale=1.0):
-    """Random codes, scales of both signs and offsets: all that a file may hold, not just what encode writes."""
-    rng = np.random.default_rng([seed, rows, cols])
-    if isinstance(fmt, Dense):
-        return encode(fmt, ArraySource(rng.uniform(-scale, scale, (rows, cols)).astype(np.float32)))
-    group = fmt.group or cols
-    shape = (rows, (cols + group - 1) // group)
-    codes = rng.integers(0, fmt.number.levels, (rows, cols)).astype(np.uint8)
-    codes[rng.random(codes.shape) < 0.1] = fmt.number.levels - 1
-    scales = scale * rng.uniform(0.01, 0.1, shape) * rng.choice([-1, 1, 1, 1], shape)
-    offset = None
-    if fmt.minimum:
-        offset = halves.from_float((scale * rng.uniform(-0.5, 0.5, shape)).astype(np.float32), fmt.minimum)
-    elif not fmt.number.signed:
-        offset = rng.integers(0, fmt.number.levels, shape).astype(np.uint8)
-    arrays = allocate(fmt, rows, cols)
-    fmt.pack_rows(codes, halves.from_float(scales.astype(np.float32), fmt.scale), offset, arrays, 0)
-    return Packed(fmt, (rows, cols), arrays)
-
-
-def make(packed, bias=None):
-    return ops.make_weight(packed.format.kernel(packed.arrays, *packed.shape), *packed.shape, bias)
-
-
-def run(weight, x, kind):
-    out = np.full((len(x), weight.rows), np.nan, np.float32)
-    ops.linear(x, [weight], [out], kind)
-    return out
-
-
-def inputs(tokens, cols, seed=0):
-    """Normal activations, each token with one element twenty times as large."""
-    rng = np.random.default_rng([seed, tokens, cols])
-    x = rng.standard_normal((tokens, cols)).astype(np.float32)
-    x[np.arange(tokens), rng.integers(0, cols, tokens)] *= 20
-    return x
-
-
-def round_to_bf16(x):
-    bits = x.view(np.uint32)
-    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
-    return np.where(np.isnan(x), x, rounded.view(np.float32))
-
-
-def parts(packed):
-    """float64 codes less the zero of signed codes, scales, zero points and minima, each [rows, cols]; and the group."""
-    rows, cols = packed.shape
-    fmt = packed.format
-    if isinstance(fmt, Dense):
-        none = np.zeros((rows, cols))
-        return packed.decode().astype(np.float64), none + 1, none, none, cols
-    codes, scales, offset = fmt.unpack_rows(packed.arrays, cols, 0, (rows + PANEL - 1) // PANEL)
-    group = fmt.group or (cols + 7) // 8 * 8
-
-    def spread(a):
-        return np.repeat(a[:rows].astype(np.float64), group, axis=1)[:, :cols]
-
-    none = np.zeros((rows, cols))
-    z = none if offset is None or fmt.minimum else spread(offset)
-    m = spread(halves.to_float(offset, fmt.minimum)) if fmt.minimum else none
-    s = spread(halves.to_float(scales, fmt.scale))
-    return codes[:rows].astype(np.float64) - fmt.number.zero, s, z, m, group
-
-
-def reference(packed, x, kind, bias=None):
-    """float64 outputs [tokens, rows] and how far a kernel may be from them."""
-    c, s, z, m, group = parts(packed)
-    cols = packed.shape[1]
-    edges = np.arange(0, cols, group)
-    with np.errstate(all="ignore"):
-        if kind == "int8/token":
-            step = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
-            q = np.where(step > 0, np.rint(x / np.where(step > 0, step, np.float32(1))), 0)
-            q = np.clip(q, -127, 127).astype(np.float64)
-            token = np.where(np.isfinite(x).all(axis=1, keepdims=True), step, np.nan).astype(np.float64)
-            # [tokens, rows, groups]: exact integers within a group
-            dots = np.add.reduceat(q[:, None, :] * (c - z)[None], edges, axis=2) * s[:, edges][None]
-            lows = np.add.reduceat(q, edges, axis=1)[:, None, :] * m[:, edges][None]
-            y = (dots - lows).sum(axis=2) * token
-            size = (np.abs(dots) + np.abs(lows)).sum(axis=2) * token
-            terms, lost = 2 * len(edges) + 8, 0.0
-        else:
-            v = (round_to_bf16(x) if kind == "bf16" else x).astype(np.float64)
-            weight = np.abs(s) * (np.abs(c) + z) + np.abs(m)
-            y = v @ (s * (c - z) - m).T
-            size = np.abs(v) @ weight.T
-            terms = min(group, cols) / 4 + len(edges) + 8
-            dot = kind == "bf16" and ops.isa() == "avx512bf16"
-            lost = (weight + np.abs(s)).sum(axis=1) * 2.0**-126 if dot else 0.0
-        if bias is not None:
-            y, size = y + bias, size + np.abs(bias)
-        return y, terms * 2.0**-23 * size + lost + terms * 2.0**-149
-
-
-def within(y, packed, x, kind, bias=None):
-    wanted, error = reference(packed, x, kind, bias)
-    return bool((np.abs(y - wanted) <= error).all())
+def check(matrix, x, given, bias=None):
+    """At every level: close to the reference of the path that the weight names."""
+    weight = make(matrix.packed)
+    s = site(weight, given, bias)
+    wanted = {}
+    for level in LEVELS:
+        kernels.set_isa(level)
+        path = weight.path(input_of(given))[0]
+        if path not in wanted:
+            wanted[path] = reference(matrix, x, given, path, bias)
+        y, (exact, error) = run(s, x), wanted[path]
+        # A NaN of the reference, inf * 0, is a NaN; an infinite bound bounds nothing.
+        far = ~(np.abs(y - exact) <= error) & ~(np.isnan(exact) & np.isnan(y))
+        assert not far.any(), (level, path, *np.argwhere(far)[0], y[far][0], exact[far][0], (error + 0 * exact)[far][0])
 
 
 # ------------------------------------------------------------ against the reference
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_linear_of_every_format(fmt):
-    """Every format with every input format at every level; shapes and token counts rotate through their pairs."""
-    turn = FORMATS.index(fmt)
-    for kind in (k for k in INPUTS if accepts(fmt, k)):
-        for step in range(3):
-            turn += 1
-            rows, cols, tokens = ROWS[turn % 5], COLS[(turn + step * 2) % 9], TOKENS[(turn * 3 + step) % 7]
-            packed = stored(fmt, rows, cols, seed=turn)
-            bias = np.random.default_rng(turn).standard_normal(rows).astype(np.float32) if turn % 2 else None
-            weight, x = make(packed, bias), inputs(tokens, cols, seed=turn)
-            for level in LEVELS:
-                kernels.set_isa(level)
-                y = run(weight, x, kind)
-                assert within(y, packed, x, kind, bias), (kind, level, rows, cols, tokens)
+def formats_of(name, turn):
+    """Formats of a number: each group, with scales and offsets that rotate."""
+    for i, group in enumerate(GROUPS):
+        text = f"{name}/{group}*{SCALES[(turn + 3 * i) % len(SCALES)]}"
+        if name.startswith("uint"):
+            text += ("", "-z(0)", f"-m({MINS[(turn + i) % len(MINS)]})")[(turn + i) % 3]
+        yield parse_weight(text)
 
 
-@pytest.mark.parametrize("kind", INPUTS)
+def shape(turn):
+    return ROWS[turn % 6], COLS[(turn + turn // 7) % 10], TOKENS[(turn * 5 + turn // 13) % 13]
+
+
+def some_inputs(turn, count):
+    return [INPUTS[(turn * 7 + i * 11 + turn // 24) % len(INPUTS)] for i in range(count)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number(name):
+    """Every number with every kind of group; scales, offsets, inputs and shapes rotate."""
+    start = 11 * list(NUMBERS).index(name)
+    for i, fmt in enumerate(formats_of(name, start // 11)):
+        rows, cols, tokens = shape(start + i)
+        matrix, x = Matrix(fmt, rows, cols, seed=start + i), inputs(tokens, cols, seed=start + i)
+        bias = x[0, :1] * np.arange(rows, dtype=np.float32) if i % 2 else None
+        for given in some_inputs(start + i, 3):
+            check(matrix, x, given, bias)
+
+
+@pytest.mark.parametrize("text", [*FLOATS, *FAMOUS, *TABLES])
+def test_plain_tables_and_known_formats(text):
+    """With every input format that goes with them."""
+    fmt = parse_weight(text)
+    for turn, given in enumerate(INPUTS, start=len(text)):
+        rows, cols, tokens = shape(turn)
+        check(Matrix(fmt, rows, cols, seed=turn), inputs(tokens, cols, seed=turn), given)
+
+
+@pytest.mark.parametrize("given", INPUTS, ids=str)
+def test_input_groups_beside_weight_groups(given):
+    """Equal, smaller, larger, not dividing one another, and larger than the row."""
+    for turn, text in enumerate(("int4/g16", "int8/g32*f32", "uint4/g48", "int3/g64", "uint5/g128-m(f16)", "nf4/row",
+                                 "bipolar3/g32", "int8/16x32", "ternary/tensor")):  # fmt: skip
+        for cols in (33, 600):
+            check(Matrix(parse_weight(text), 17, cols, seed=turn), inputs(1 + turn, cols, seed=turn), given)
+
+
 @pytest.mark.parametrize("fmt", KINDS, ids=str)
-def test_every_shape_and_count(fmt, kind):
-    if not accepts(fmt, kind):
-        assert ops.refuse(make(stored(fmt, 1, 8)), kind) == "int8 inputs need integer codes"
-        return
+def test_every_shape(fmt):
+    turn = 0
     for rows in ROWS:
         for cols in COLS:
-            packed = stored(fmt, rows, cols)
-            weight, x = make(packed), inputs(17, cols)
-            for level in LEVELS:
-                kernels.set_isa(level)
-                whole = run(weight, x, kind)
-                assert within(whole, packed, x, kind), (level, rows, cols)
-                # A token's bits do not depend on how many come with it.
-                for tokens in TOKENS:
-                    part = run(weight, x[:tokens], kind)
-                    assert part.tobytes() == whole[:tokens].tobytes(), (level, rows, cols, tokens)
+            turn += 1
+            for given in (INPUTS[turn % 3], *some_inputs(turn, 1)):
+                check(Matrix(fmt, rows, cols), inputs(TOKENS[turn % 13], cols), given)
+
+
+def test_long_rows_and_odd_groups():
+    """Segments of the integer and float sums, and several chunks of each."""
+    for text, cols in (("int8/row", 65536 + 100), ("int4/g1008", 5000), ("uint4/g1040-m(f32)", 2500), ("nf4/row", 3000),
+                       ("int4/g65568", 131200), ("f32", 3000), ("bf16", 2100), ("int5/g32", 4500)):  # fmt: skip
+        matrix = Matrix(parse_weight(text), 17, cols)
+        for given in map(parse_input, ("f32", "bf16", "int8/token", "int8/g65552")):
+            if cols < 100000 or given.number == "int8":
+                check(matrix, inputs(5, cols), given)
+
+
+# ------------------------------------------------------------ exact integers
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("kind", INPUTS)
-def test_threads_and_batches_give_the_same_bits(kind, level):
-    """Large enough for the team to be woken; also with more threads than there is work for."""
+@pytest.mark.parametrize(
+    "text",
+    [*(f"int{b}/g32" for b in range(2, 9)), *(f"uint{b}/row" for b in range(2, 9)), "uint8/g64-m(f32)",
+     "uint4/g16-z(0)", *(f"bipolar{b}/g48" for b in range(1, 9)), "ternary/row", "e2m1/g32", "e3m2/g32", "e1m6/row",
+     "e2m3/row", "e2m4/g16"],
+)  # fmt: skip
+def test_integer_sums_are_exact(text, level):
+    """With scales of one and inputs that are their own codes, a result is an integer: the very same in int64."""
     kernels.set_isa(level)
-    for fmt in (f for f in KINDS if accepts(f, kind)):
-        packed = stored(fmt, 70, 257, seed=1)
-        bias = inputs(1, 70)[0]
-        weight, x = make(packed, bias), inputs(17, 257)
-        kernels.set_threads(1)
-        whole = run(weight, x, kind)
-        assert within(whole, packed, x, kind, bias)
-        for threads in (1, 2, 7):
-            kernels.set_threads(threads)
-            assert run(weight, x, kind).tobytes() == whole.tobytes(), (str(fmt), threads)
-            for token in (0, 16):
-                assert run(weight, x[token : token + 1], kind).tobytes() == whole[token].tobytes(), (str(fmt), threads)
-
-
-@pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("level", LEVELS)
-def test_several_weights_in_one_call(kind, level):
-    """Weights with different codes and groups share one prepared input and give the bits they give alone."""
-    kernels.set_isa(level)
-    x = inputs(5, 100)
-    weights = [make(stored(f, 3 + 7 * i, 100, seed=i)) for i, f in enumerate(KINDS) if accepts(f, kind)]
-    for threads in (1, 2):
-        kernels.set_threads(threads)
-        outs = [np.full((5, w.rows), np.nan, np.float32) for w in weights]
-        ops.linear(x, weights, outs, kind)
-        for weight, out in zip(weights, outs):
-            assert out.tobytes() == run(weight, x, kind).tobytes()
-
-
-def test_callers_on_several_python_threads():
-    """The interpreter lock is released while a kernel runs; scratch memory belongs to the calling thread."""
-    kernels.set_threads(2)
-    jobs = [(make(stored(f, 70, 257, seed=i)), inputs(17, 257, seed=i), k)
-            for i, f in enumerate(KINDS) for k in INPUTS if accepts(f, k)]  # fmt: skip
-    wanted = [run(*job).tobytes() for job in jobs]
-    with ThreadPoolExecutor(4) as pool:
-        for _ in range(3):
-            assert [y.tobytes() for y in pool.map(lambda job: run(*job), jobs)] == wanted
-
-
-# ------------------------------------------------------------ extremes
-
-
-@pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("level", LEVELS)
-def test_tokens_that_hold_nan_or_infinity(kind, level):
-    kernels.set_isa(level)
-    for fmt in (f for f in KINDS if accepts(f, kind)):
-        packed = stored(fmt, 33, 100)
-        weight, clean = make(packed), inputs(6, 100)
-        x = clean.copy()
-        x[1, 7], x[2, 99], x[4, 0] = np.nan, np.inf, -np.inf
-        x[5, 3], x[5, 50] = np.inf, np.nan
-        y = run(weight, x, kind)
-        # Tokens beside them are as they were.
-        assert y[[0, 3]].tobytes() == run(weight, clean, kind)[[0, 3]].tobytes()
-        assert np.isnan(y[[1, 5]]).all()
-        if kind == "int8/token":
-            assert np.isnan(y[[2, 4]]).all()
-            continue
-        # c * inf - z * inf is NaN where (c - z) * inf is infinite: with an offset all that is promised is "not finite".
-        # So it is where a byte is multiplied as two nibbles.
-        assert not np.isfinite(y[[2, 4]]).any()
-        nibbles = not isinstance(fmt, Dense) and fmt.number.bits == 8 and kind == "bf16" and level == "avx512bf16"
-        if isinstance(fmt, Dense) or (fmt.number.signed and not nibbles):
-            assert np.array_equal(y[[2, 4]], reference(packed, x, kind)[0][[2, 4]].astype(np.float32), equal_nan=True)
-
-
-@pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("level", LEVELS)
-def test_zero_tiny_and_large_tokens(kind, level):
-    kernels.set_isa(level)
-    for fmt in (f for f in KINDS if accepts(f, kind)):
-        packed = stored(fmt, 17, 100)
-        bias = inputs(1, 17)[0]
-        x = inputs(5, 100)
-        x[1] = 0
-        with np.errstate(under="ignore"):
-            x[2] *= np.float32(1e-40)
-        x[3] *= np.float32(1e30)
-        x[4] = np.where(x[4] > 0, np.float32(2.0**-149), 0)  # the smallest number: its int8 scale is zero
-        y = run(make(packed, bias), x, kind)
-        assert within(y, packed, x, kind, bias), str(fmt)
-        assert np.array_equal(y[1], bias)
-        assert not run(make(packed), x, kind)[1].any()
-
-
-@pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("level", LEVELS)
-def test_subnormal_scales(kind, level):
-    """Scales of a few units of their type; the f32 and bf16 ones make subnormal results."""
-    kernels.set_isa(level)
-    for fmt in (f for f in KINDS if accepts(f, kind) and not isinstance(f, Dense)):
-        size = {"f16": 2.0**-19, "f32": 2.0**-143, "bf16": 2.0**-128}[fmt.scale]
-        packed = stored(fmt, 17, 100, scale=size)
-        assert packed.arrays["scales"].any()
-        x = inputs(3, 100)
-        y = run(make(packed), x, kind)
-        assert y.any()
-        assert within(y, packed, x, kind), str(fmt)
+    fmt = parse_weight(text)
+    rng = np.random.default_rng(len(text))
+    for rows, cols, tokens in ((17, 100, 5), (33, 257, 1), (1, 40, 2), (40, 48, 33)):
+        tiles, groups = fmt.matrix(rows, cols)
+        codes = rng.integers(0, fmt.number.levels, (rows, cols)).astype(np.uint8)
+        offset = rng.integers(0, fmt.number.levels, (tiles, groups)).astype(np.uint8)
+        one = halves.from_float(np.ones((tiles, groups), np.float32), fmt.scale)
+        minimum = offset.astype(np.float32) if fmt.minimum else None
+        arrays = allocate(fmt, rows, cols)
+        fmt.pack_parts(Parts(codes, one, offset if fmt.zero else None, minimum), arrays, 0)
+        s = site(make(Packed(fmt, (rows, cols), arrays)), parse_input("int8/token"))
+        x = rng.integers(-127, 128, (tokens, cols)).astype(np.float32)
+        x[:, 0] = rng.choice([-127, 127], tokens)
+        # Values in units of their smallest step, which is a power of two.
+        table = fmt.number.values.astype(np.float64)
+        unit = min(1.0, float(np.abs(table[table != 0]).min()) if fmt.number.table is not None else 1.0)
+        values = np.rint(table[codes] / unit).astype(np.int64)
+        if fmt.zero or fmt.minimum:
+            values = values - np.repeat(offset.astype(np.int64), fmt.width(cols), axis=1)[:, :cols]
+        exact = x.astype(np.int64) @ values.T
+        assert np.abs(exact).max() < 1 << 24
+        assert np.array_equal(run(s, x).astype(np.float64) / unit, exact)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_largest_integer_sums(level):
-    """Codes and inputs at their largest over the longest group that is taken: 255 * 127 * 65536 fits 31 bits."""
+    """Codes and inputs at their largest over the longest segment: 255 * 127 * 65536 fits 31 bits."""
     kernels.set_isa(level)
-    for text, code in [("int8/row", 0), ("int8/row", 255), ("uint8/row", 255), ("uint8/row-m(f32)", 255)]:
+    for text in ("int8/row", "uint8/row", "uint8/row-z(0)", "bipolar8/row"):
+        code = 0 if text == "int8/row" else 255
         fmt = parse_weight(text)
-        arrays = allocate(fmt, 1, 65536)
-        offset = None
-        if not fmt.number.signed:
-            offset = np.zeros((1, 1), np.float32 if fmt.minimum else np.uint8)
-        fmt.pack_rows(np.full((1, 65536), code, np.uint8), np.ones((1, 1), np.float32), offset, arrays, 0)
-        packed = Packed(fmt, (1, 65536), arrays)
-        for value in (127.0, -127.0):
-            x = np.full((1, 65536), value, np.float32)
-            assert run(make(packed), x, "int8/token")[0, 0] == np.float32((code - fmt.number.zero) * value * 65536)
+        for cols in (65536, 2 * 65536):
+            arrays = allocate(fmt, 1, cols)
+            zeros = np.zeros((1, 1), np.uint8) if fmt.zero else None
+            fmt.pack_parts(Parts(np.full((1, cols), code, np.uint8), np.ones((1, 1), np.float32), zeros), arrays, 0)
+            s = site(make(Packed(fmt, (1, cols), arrays)), parse_input("int8/token"))
+            for value in (127.0, -127.0):
+                exact = float(fmt.number.values[code]) * value * cols
+                # bipolar: twice the code less 255, two roundings of numbers twice as large
+                slack = 2.0**-22 * abs(exact) if fmt.number.family == "bipolar" else 0.0
+                assert abs(run(s, np.full((1, cols), value, np.float32))[0, 0] - exact) <= slack
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_tables_that_are_no_integers_are_rounded_to_16_bits(level):
+    """NF4 and k-means beside integer inputs: each value is off by at most 2^-16 of the largest, and no more."""
+    kernels.set_isa(level)
+    for text in ("nf4/row*f32", "kmeans2/tensor", "kmeans3/tensor", "kmeans4/tensor"):
+        matrix = Matrix(parse_weight(text), 16, 64)
+        weight = make(matrix.packed)
+        assert weight.path(input_of(parse_input("int8/token"))) == ("int8", None)
+        x = 127 * np.eye(64, dtype=np.float32)  # one column a token
+        y = run(site(weight, parse_input("int8/token")), x).T / 127.0
+        top = np.abs(matrix.table).max()
+        assert (np.abs(y - matrix.exact) <= np.abs(matrix.s) * top * (2.0**-16 + 2.0**-22)).all()
+        assert (y != matrix.exact).any()
+
+
+def test_tables_too_small_or_too_large_for_integers():
+    fmt = parse_weight("kmeans4/tensor")
+    for size in (1e-44, 1e-36, 1e-30, 1e30):
+        matrix = Matrix(fmt, 17, 40, size=size)
+        with np.errstate(all="ignore"):
+            check(matrix, inputs(3, 40), parse_input("int8/token"))
+
+
+# ------------------------------------------------------------ the same bits in every batch and on any number of threads
+
+BATCHES = (*range(1, 10), 12, 13, 16, 17, 18, 19, 24, 25, 31, 32)
+LONG = (("int4/g32", 4200), ("int5/g48", 4300), ("bf16", 2600), ("f16", 1100), ("nf4/row", 1300), ("int8/row", 3000))
+SOME = tuple(map(parse_input, ("f32", "bf16", "int8/token", "uint4/g48-o(3)", "e4m3/g16")))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("fmt", KINDS, ids=str)
+def test_a_token_has_the_same_bits_in_every_batch(fmt, level):
+    """Alone or among 2 to 33: every tile, codes unpacked in place or before, one, two and four panels at once."""
+    kernels.set_isa(level)
+    matrix, x = Matrix(fmt, 70, 600, seed=1), inputs(33, 600)
+    weight, bias = make(matrix.packed), inputs(1, 70)[0]
+    for given in SOME:
+        s = site(weight, given, bias)
+        kernels.set_threads(1)
+        whole = run(s, x)
+        assert np.isfinite(whole).all()
+        for n in BATCHES if level != "scalar" else (1, 2, 3, 4, 17):
+            assert run(s, x[:n]).tobytes() == whole[:n].tobytes(), (str(given), n)
+        for first, last in ((32, 33), (5, 6), (30, 33), (7, 11), (10, 33)):
+            assert run(s, x[first:last]).tobytes() == whole[first:last].tobytes(), (str(given), first, last)
+        for threads in (2, 3, 5, 9):
+            kernels.set_threads(threads)
+            for n in (1, 2, 4, 17, 33):
+                assert run(s, x[:n]).tobytes() == whole[:n].tobytes(), (str(given), n, threads)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_rows_of_several_chunks_have_the_same_bits_in_every_batch(level):
+    """Chunks are twice as long for many tokens; panels left over by a step of two or four."""
+    kernels.set_isa(level)
+    for text, cols in LONG:
+        for rows in (16, 48, 103):
+            matrix, x = Matrix(parse_weight(text), rows, cols), inputs(33, cols)
+            for given in SOME[:3]:
+                s = site(make(matrix.packed), given)
+                kernels.set_threads(1)
+                whole = run(s, x)
+                for threads in (1, 2, 5):
+                    kernels.set_threads(threads)
+                    for n in (1, 2, 3, 4, 7, 16, 20) if level != "scalar" else (1, 3):
+                        assert run(s, x[:n]).tobytes() == whole[:n].tobytes(), (text, rows, str(given), n, threads)
+
+
+def test_rows_of_a_matrix_do_not_depend_on_their_neighbours():
+    """A row has the same bits in a matrix of any height."""
+    x = inputs(4, 100)
+    for fmt in KINDS:
+        if isinstance(fmt, Coded) and fmt.group.shared:
+            continue
+        if isinstance(fmt, Coded) and isinstance(fmt.scale, Coded) and fmt.scale.group.shared:
+            continue
+        if str(fmt).startswith("kmeans") and fmt.per == "tensor":
+            continue
+        w = inputs(70, 100, seed=3)
+        whole = encode(fmt, ArraySource(w))
+        for given in SOME[:3]:
+            y = run(site(make(whole), given), x)
+            for rows in (1, 16, 50):
+                part = run(site(make(encode(fmt, ArraySource(w[:rows]))), given), x)
+                assert part.tobytes() == np.ascontiguousarray(y[:, :rows]).tobytes(), (str(fmt), str(given), rows)
+
+
+def test_callers_on_several_python_threads():
+    """The interpreter lock is released while a kernel runs; runs take turns."""
+    kernels.set_threads(2)
+    weights = [make(Matrix(f, 70, 257).packed) for f in KINDS]
+    jobs = [(site(w, g), inputs(17, 257, seed=i)) for i, w in enumerate(weights) for g in SOME]
+    wanted = [run(*job).tobytes() for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(2):
+            assert [y.tobytes() for y in pool.map(lambda job: run(*job), jobs)] == wanted
 
 
 # ------------------------------------------------------------ decode
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_decode_rows_is_decode_bit_for_bit(fmt):
-    turn = FORMATS.index(fmt)
-    for step in range(3):
-        rows, cols = ROWS[(turn + step) % 5], COLS[(turn + 2 * step) % 9]
-        packed = stored(fmt, rows, cols, seed=turn)
+@pytest.mark.parametrize("name", [*FLOATS, *NUMBERS, *FAMOUS, "kmeans2/row", "kmeans3/tensor", "kmeans4/row"])
+def test_decoded_rows_are_decode_bit_for_bit(name):
+    formats = list(formats_of(name, 5)) if name in NUMBERS else [parse_weight(name)]
+    for turn, fmt in enumerate(formats, start=len(name)):
+        rows, cols, _ = shape(turn)
+        matrix = Matrix(fmt, rows, cols, seed=turn)
+        wanted = matrix.packed.decode()
+        assert wanted.tobytes() == matrix.exact.astype(np.float32).tobytes()
         ids = np.random.default_rng(turn).integers(0, rows, rows + 3)
         out = np.full((len(ids), cols), np.nan, np.float32)
-        ops.decode_rows(make(packed), ids, out)
-        assert out.tobytes() == packed.decode()[ids].tobytes()
+        weight = make(matrix.packed)
+        ops.decode_rows(weight, ids, out)
+        assert out.tobytes() == wanted[ids].tobytes()
+        out[...] = np.nan
+        ops.embed(weight, ids.astype(np.int32), out)
+        assert out.tobytes() == wanted[ids].tobytes()
 
 
-def test_decode_rows_on_several_threads():
+def test_decoded_rows_on_several_threads():
     for fmt in KINDS:
-        packed = stored(fmt, 40, 257)
+        matrix = Matrix(fmt, 40, 257)
         ids = np.random.default_rng(0).integers(0, 40, 300)  # enough work to wake the team
         for threads in (1, 2, 3):
             kernels.set_threads(threads)
             out = np.full((300, 257), np.nan, np.float32)
-            ops.decode_rows(make(packed), ids, out)
-            assert out.tobytes() == packed.decode()[ids].tobytes()
+            ops.decode_rows(make(matrix.packed), ids, out)
+            assert out.tobytes() == matrix.exact[ids].astype(np.float32).tobytes()

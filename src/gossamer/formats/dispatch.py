@@ -30,6 +30,8 @@ from gossamer.formats.transforms import Hadamard, Permute, Scale, signs
 
 __all__ = ["Leaf", "Norm", "Runner", "linear", "make_runner"]
 
+SITE_INPUT = (-1, 0)  # what a part reads: this, or which of the site's further inputs and how many columns that has
+
 F32 = npt.NDArray[np.float32]
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -72,7 +74,7 @@ class Runner:
     refused: str | None
     first: list[ops.Site] = field(default_factory=list)  # low-rank parts: what runs before, into memory of its own
     only: ops.Weight | None = None  # the whole matrix, where it is stored as one
-    _memory: dict[int, list[F32]] = field(default_factory=dict)
+    _memory: list[F32] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -89,10 +91,10 @@ class Runner:
         return bool(self.site.blocks == 1) and not isinstance(self.packed.format, Rows)
 
     def extras(self, tokens: int) -> list[F32]:
-        """Memory for the results of ``first``, float32 [tokens, R] each; the same at every call."""
-        if tokens not in self._memory:
-            self._memory[tokens] = [np.empty((tokens, site.rows), np.float32) for site in self.first]
-        return self._memory[tokens]
+        """Memory for the results of ``first``, float32 [tokens, R] each; the same memory as long as it is enough."""
+        if any(len(z) < tokens for z in self._memory) or not self._memory:
+            self._memory = [np.empty((tokens, site.rows), np.float32) for site in self.first]
+        return [z[:tokens] for z in self._memory]
 
     def look_up(self, ids: npt.NDArray[np.int64]) -> F32:
         """Rows ``ids`` of the matrix: float32 [n, columns]. A tied table is looked up and multiplied with."""
@@ -119,7 +121,7 @@ class _Builder:
         self.leaves: list[Leaf] = []
         self.first: list[ops.Site] = []
         self.refused: str | None = None
-        self.weight: ops.Weight | None = None
+        self.weight: ops.Weight | None = None  # of the last leaf that is the whole matrix
 
     def only(self) -> ops.Weight | None:
         """The weight of the whole matrix, when it is a single leaf with no step before it."""
@@ -142,13 +144,21 @@ class _Builder:
             self.parts(site, fmt, arrays, rows, cols, given, steps)
 
     def parts(
-        self, site: ops.Site, fmt: Format, arrays: Arrays, rows: int, cols: int, given: InputFormat, steps: list[Any]
+        self,
+        site: ops.Site,
+        fmt: Format,
+        arrays: Arrays,
+        rows: int,
+        cols: int,
+        given: InputFormat,
+        steps: list[Any],
+        source: tuple[int, int] = SITE_INPUT,
     ) -> None:
-        """Adds the parts of one block of rows. ``steps`` transform the site's input on its way here."""
+        """Adds the parts of one block of rows. ``steps`` transform their input (``source``) on its way here."""
 
         def branch(b: Branch, prefix: str, cols: int, steps: list[Any]) -> None:
             inner, own = resolve(b, given)
-            self.parts(site, inner, under(arrays, prefix), rows, cols, own, steps)
+            self.parts(site, inner, under(arrays, prefix), rows, cols, own, steps, source)
 
         if isinstance(fmt, Sum):
             for name, term in fmt.parts:
@@ -165,14 +175,15 @@ class _Builder:
             first.block(None)
             self.parts(first, inner, under(arrays, "1."), fmt.rank, cols, own, steps)
             self.first.append(first)
-            self.leaf(site, inner, under(arrays, "0."), rows, fmt.rank, own, [], len(self.first) - 1)
+            between = (len(self.first) - 1, fmt.rank)
+            self.parts(site, inner, under(arrays, "0."), rows, fmt.rank, own, [], between)
         elif isinstance(fmt, Mask):
-            self.mask(site, fmt, arrays, rows, cols, given, steps)
+            self.mask(site, fmt, arrays, rows, cols, given, steps, source)
         elif isinstance(fmt, Planes):
             merged = fmt.merge(arrays, rows, cols)
-            self.leaf(site, fmt.inner, merged, rows, cols, given, steps)
+            self.leaf(site, fmt.inner, merged, rows, cols, given, steps, source)
         else:
-            self.leaf(site, fmt, arrays, rows, cols, given, steps)
+            self.leaf(site, fmt, arrays, rows, cols, given, steps, source)
 
     def leaf(
         self,
@@ -183,7 +194,7 @@ class _Builder:
         cols: int,
         given: InputFormat,
         steps: list[Any],
-        extra: int = -1,
+        source: tuple[int, int],
     ) -> None:
         kernel = fmt.kernel(arrays, rows, cols)
         if kernel is None:
@@ -196,18 +207,26 @@ class _Builder:
         if path == "f32" and given.quantized and kernel is not None and not isinstance(fmt, Dense):
             self.refused = f"{fmt} @ {given} runs in float32 on rounded inputs: {why}"
         self.leaves.append(Leaf(str(fmt), str(given), path, why, rows * cols))
-        if (rows, cols) == self.shape and extra < 0 and not steps:
+        if (rows, cols) == self.shape and source == SITE_INPUT and not steps:
             self.weight = weight
-        site.part(weight, input, extra, cols if extra >= 0 else 0, steps)
+        site.part(weight, input, *source, steps)
 
     def mask(
-        self, site: ops.Site, fmt: Mask, arrays: Arrays, rows: int, cols: int, given: InputFormat, steps: list[Any]
+        self,
+        site: ops.Site,
+        fmt: Mask,
+        arrays: Arrays,
+        rows: int,
+        cols: int,
+        given: InputFormat,
+        steps: list[Any],
+        source: tuple[int, int],
     ) -> None:
         self.leaves.append(Leaf(str(fmt), str(given), "sparse", None, fmt.count(rows, cols)))
         kind, scale = fmt.stored, float(arrays["scales"][0]) if "scales" in arrays else 1.0
         index, values = (np.ascontiguousarray(arrays[n]).view(np.uint8) for n in ("index", "values"))
         matrix = ops.Mask(rows, cols, np.ascontiguousarray(arrays["starts"], np.uint32), index, kind, values, scale)
-        site.part(matrix, _input(given), -1, 0, steps)
+        site.part(matrix, _input(given), *source, steps)
 
 
 def _holds(branch: Branch, kinds: tuple[type, ...]) -> bool:

@@ -6,7 +6,9 @@
 #include <nanobind/stl/vector.h>
 
 #include <cmath>
+#include <cstring>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -45,31 +47,60 @@ const std::map<std::string, gsm::Epilogue> kEpilogues{{"store", gsm::Epilogue::s
                                                       {"gelu", gsm::Epilogue::gelu},
                                                       {"gelu_tanh", gsm::Epilogue::gelu_tanh}};
 
+// An argument inside a dictionary, list or tuple; nothing is converted.
+template <class T> T want(nb::handle value, const std::string& what) {
+  T found;
+  if (!nb::try_cast(value, found, false)) refuse(what + " has the wrong type");
+  return found;
+}
+template <class A> A want_array(nb::handle value, const std::string& what) {
+  A array = want<A>(value, what + ", a flat, contiguous array,");
+  if (reinterpret_cast<uintptr_t>(array.data()) % sizeof(typename A::Scalar))
+    refuse(what + " is not aligned to its element size; copy it first");
+  return array;
+}
+
 // The upper limits keep every byte count far from overflow, so that the checks below hold.
 void check_shape(int64_t rows, int64_t cols) {
   if (rows < 1 || cols < 1 || cols > (int64_t{1} << 31) || rows > (int64_t{1} << 46) / cols)
     refuse("a weight needs at least one row and one column, and at most 2^46 elements");
 }
 
-const uint8_t* take(std::vector<Bytes>& keep, const char* name, const std::optional<Bytes>& array, int64_t need) {
+// What a matrix reads: arrays as they were given, and aligned copies of those that begin in the middle of an element (as
+// parts of a mapped file may).
+struct Kept {
+  std::vector<Bytes> arrays;
+  std::vector<std::shared_ptr<uint8_t[]>> copies;  // shared, since matrices can be copied
+};
+
+const uint8_t* take(Kept& keep, const char* name, const std::optional<Bytes>& array, int64_t need, int64_t size = 1) {
   if (need == 0) return nullptr;
   if (!array || static_cast<int64_t>(array->size()) < need)
     refuse(std::string("array '") + name + "' needs " + std::to_string(need) + " bytes" +
            (array ? " but has " + std::to_string(array->size()) : ""));
-  keep.push_back(*array);
-  return keep.back().data();
+  if (reinterpret_cast<uintptr_t>(array->data()) % static_cast<uintptr_t>(size)) {
+    keep.copies.emplace_back(new uint8_t[static_cast<size_t>(need)]);
+    std::memcpy(keep.copies.back().get(), array->data(), static_cast<size_t>(need));
+    return keep.copies.back().get();
+  }
+  keep.arrays.push_back(*array);
+  return keep.arrays.back().data();
+}
+
+int64_t bytes_of(gsm::ScaleKind kind) {
+  return kind == gsm::ScaleKind::f32 ? 4 : kind == gsm::ScaleKind::f16 || kind == gsm::ScaleKind::bf16 ? 2 : 1;
 }
 
 // A packed matrix and the arrays it reads from, which it keeps alive.
 struct PackedWeight {
   gsm::Weight w;
-  std::vector<Bytes> keep;
+  Kept keep;
   std::optional<Floats> table;
   std::vector<nb::object> nested;
 
-  void set_scales(gsm::Scales& s, const char* name, const std::string& kind, const std::optional<Bytes>& values, nb::handle inner) {
+  void set_scales(gsm::Scales& s, const char* name, const std::string& kind, nb::handle inner) {
     s.kind = pick(kKinds, "scale", kind);
-    if (s.kind != gsm::ScaleKind::nested) return (void)values;
+    if (s.kind != gsm::ScaleKind::nested) return;
     if (!nb::isinstance<PackedWeight>(inner)) refuse(std::string("nested ") + name + " need a weight");
     const gsm::Weight& m = nb::cast<const PackedWeight&>(inner).w;
     if (m.rows != w.row_tiles() || m.cols != w.groups())
@@ -84,13 +115,18 @@ struct PackedWeight {
     w.rows = rows;
     w.cols = cols;
     const auto bytes = [&a](const char* key) -> std::optional<Bytes> {
-      return a.contains(key) && !a[key].is_none() ? std::optional<Bytes>(nb::cast<Bytes>(a[key])) : std::nullopt;
+      return a.contains(key) && !a[key].is_none() ? std::optional(want_array<Bytes>(a[key], std::string("array '") + key + "'"))
+                                                  : std::nullopt;
     };
     const auto integer = [&a](const char* key, int64_t fallback) {
-      return a.contains(key) ? nb::cast<int64_t>(a[key]) : fallback;
+      return a.contains(key) ? want<int64_t>(a[key], key) : fallback;
+    };
+    const auto real = [&a](const char* key, double fallback) {
+      // nanobind takes no integer for a float without a conversion.
+      return a.contains(key) ? static_cast<float>(PyFloat_AsDouble(a[key].ptr())) : static_cast<float>(fallback);
     };
     const auto text = [&a](const char* key) {
-      return a.contains(key) ? nb::cast<std::string>(a[key]) : std::string("none");
+      return a.contains(key) ? want<std::string>(a[key], key) : std::string("none");
     };
     if (number == "f32") w.number = gsm::Number::f32;
     else if (number == "f16") w.number = gsm::Number::f16;
@@ -102,18 +138,22 @@ struct PackedWeight {
       refuse("number '" + number + "' is unknown to the kernels");
     }
     if (w.coded()) {
-      w.step = static_cast<float>(a.contains("step") ? nb::cast<double>(a["step"]) : 1.0);
-      w.zero = static_cast<float>(a.contains("zero") ? nb::cast<double>(a["zero"]) : 0.0);
-      if (!(std::abs(w.step) > 0) || !std::isfinite(w.step) || !std::isfinite(w.zero)) refuse("step and zero must be finite, and step not 0");
+      w.step = real("step", 1.0);
+      w.zero = real("zero", 0.0);
+      if (PyErr_Occurred()) throw nb::python_error();
+      // The zero of a code is a code, so that integer sums cannot overflow.
+      if (!(w.step >= 0x1p-60f && w.step <= 0x1p60f) || !(w.zero / w.step >= 0 && w.zero / w.step <= 255))
+        refuse("a step must be a positive number and a zero from 0 to 255 steps");
       w.group = integer("group", 0);
       w.tile_rows = integer("tile_rows", 1);
       if (w.group < 8 || w.group % 8 || w.group > (int64_t{1} << 31) + 16) refuse("a coded weight needs a group that is a multiple of 8");
-      if (w.tile_rows < 1 || (w.tile_rows > 1 && w.tile_rows % gsm::kPanel)) refuse("rows that share a scale must be 1 or a multiple of 16");
+      if (w.tile_rows < 1 || (w.tile_rows > 1 && w.tile_rows % gsm::kPanel) || w.tile_rows > int64_t{1} << 47)
+        refuse("rows that share a scale must be 1 or a multiple of 16");
       w.zero_bits = static_cast<int>(integer("zero_bits", 0));
       if (w.zero_bits != 0 && w.zero_bits != 4 && w.zero_bits != 8) refuse("zero points have 4 or 8 bits");
       w.table_per_row = integer("table_per_row", 0) != 0;
       if (a.contains("table") && !a["table"].is_none()) {
-        table = nb::cast<Floats>(a["table"]);
+        table = want_array<Floats>(a["table"], "array 'table'");
         w.table = table->data();
         if (static_cast<int64_t>(table->size()) * 4 < gsm::array_bytes(w).table) refuse("the table has too few values");
         if (w.zero_bits) refuse("a weight with a table has no zero points");
@@ -121,47 +161,49 @@ struct PackedWeight {
         refuse("a table for each row was announced but not given");
       }
       const auto inner = [&a](const char* key) { return a.contains(key) ? nb::object(a[key]) : nb::none(); };
-      set_scales(w.scales, "scales", text("scale"), bytes("scales"), inner("scales_nested"));
-      set_scales(w.mins, "mins", text("min"), bytes("mins"), inner("mins_nested"));
+      set_scales(w.scales, "scales", text("scale"), inner("scales_nested"));
+      set_scales(w.mins, "mins", text("min"), inner("mins_nested"));
       if (w.zero_bits && w.mins.kind != gsm::ScaleKind::none) refuse("a weight has zero points or minima, not both");
+      if ((w.zero_bits || w.mins.kind != gsm::ScaleKind::none) && (w.step != 1.0f || w.zero != 0.0f || w.table)) refuse("zero points and minima go with plain codes alone");
     }
     const gsm::ArrayBytes need = gsm::array_bytes(w);
-    w.values = take(keep, "values", bytes("values"), need.values);
+    w.values = take(keep, "values", bytes("values"), need.values, w.number == gsm::Number::f32 ? 4 : 2);
     w.q8 = take(keep, "q8", bytes("q8"), need.q8);
     w.q4 = take(keep, "q4", bytes("q4"), need.q4);
     w.q2 = take(keep, "q2", bytes("q2"), need.q2);
     w.q1 = take(keep, "q1", bytes("q1"), need.q1);
     w.zeros = take(keep, "zeros", bytes("zeros"), need.zeros);
-    w.scales.values = take(keep, "scales", bytes("scales"), need.scales);
-    w.mins.values = take(keep, "mins", bytes("mins"), need.mins);
+    w.scales.values = take(keep, "scales", bytes("scales"), need.scales, bytes_of(w.scales.kind));
+    w.mins.values = take(keep, "mins", bytes("mins"), need.mins, bytes_of(w.mins.kind));
     gsm::prepare_bytes(w);
   }
 };
 
 struct PackedMask {
   gsm::Mask m;
-  std::vector<Bytes> keep;
+  Kept keep;
   std::optional<Words> starts;
 
-  PackedMask(int64_t rows, int64_t cols, Words starts_, Bytes index, const std::string& kind, Bytes values, double scale) {
+  PackedMask(int64_t rows, int64_t cols, nb::handle starts_, Bytes index, const std::string& kind, Bytes values, double scale) {
     check_shape(rows, cols);
     m.rows = rows;
     m.cols = cols;
     m.kind = kind == "int8" ? gsm::ScaleKind::none : pick(kKinds, "number", kind);
-    const int size = m.kind == gsm::ScaleKind::none ? 1 : m.kind == gsm::ScaleKind::f32 ? 4 : 2;
+    const int64_t size = bytes_of(m.kind);
+    if (kind == "none") refuse("the entries of a mask are f32, f16, bf16 or int8");
     if (m.kind != gsm::ScaleKind::none && m.kind != gsm::ScaleKind::f32 && m.kind != gsm::ScaleKind::f16 && m.kind != gsm::ScaleKind::bf16)
       refuse("the entries of a mask are f32, f16, bf16 or int8");
     m.scale = static_cast<float>(scale);
     m.index_bytes = cols <= 65535 ? 2 : 4;
     const int64_t panels = (rows + gsm::kPanel - 1) / gsm::kPanel;
-    if (static_cast<int64_t>(starts_.size()) < panels + 1) refuse("a mask needs a start for each panel and an end");
-    starts = starts_;
+    starts = want_array<Words>(starts_, "starts");
+    if (static_cast<int64_t>(starts->size()) < panels + 1) refuse("a mask needs a start for each panel and an end");
     m.starts = starts->data();
     for (int64_t p = 0; p < panels; ++p)
       if (m.starts[p] > m.starts[p + 1]) refuse("the starts of a mask never fall");
     const int64_t slots = m.starts[panels];
     m.index = take(keep, "index", index, slots * gsm::kPanel * m.index_bytes);
-    m.values = take(keep, "values", values, slots * gsm::kPanel * size);
+    m.values = take(keep, "values", values, slots * gsm::kPanel * size, size);
     for (int64_t i = 0; i < slots * gsm::kPanel; ++i) {
       uint32_t c = 0;
       std::memcpy(&c, m.index + i * m.index_bytes, static_cast<size_t>(m.index_bytes));
@@ -177,8 +219,9 @@ struct Input {
     f.group = group;
     f.fixed = static_cast<float>(fixed);
     f.outlier = static_cast<float>(outlier);
-    if (group < 0 || group % 16) refuse("an input group must be a multiple of 16");
-    if (!(f.fixed >= 0) || !(f.outlier >= 0)) refuse("a static scale and an outlier threshold must be positive");
+    if (group < 0 || group % 16 || group > (int64_t{1} << 31)) refuse("an input group must be a multiple of 16, at most 2^31");
+    if (!(f.fixed >= 0) || !(f.outlier >= 0) || !std::isfinite(f.fixed) || !std::isfinite(f.outlier))
+      refuse("a static scale and an outlier threshold must be positive and finite");
     if (!f.integer() && (group || fixed != 0 || outlier != 0)) refuse("float inputs have no group, scale or outliers");
   }
 };
@@ -197,20 +240,29 @@ struct Site {
   };
   std::vector<Block> blocks;
   std::vector<nb::object> keep;
+  std::vector<bool> taken;  // rows that a block has
 
-  Site(int64_t rows_, int64_t cols_, std::optional<Floats> bias_) : rows(rows_), cols(cols_) {
+  Site(int64_t rows_, int64_t cols_, nb::handle bias_) : rows(rows_), cols(cols_) {
     check_shape(rows, cols);
-    if (bias_ && static_cast<int64_t>(bias_->size()) != rows) refuse("the bias needs one value per row");
-    bias = std::move(bias_);
+    if (bias_.is_none()) return;
+    bias = want_array<Floats>(bias_, "the bias");
+    if (static_cast<int64_t>(bias->size()) != rows) refuse("the bias needs one value per row");
   }
 
   void block(nb::object index) {
     const uint32_t* p = nullptr;
+    if (index.is_none() ? !blocks.empty() : !blocks.empty() && taken.empty()) refuse("a block of all rows stands alone");
     if (!index.is_none()) {
-      const Words words = nb::cast<Words>(index);
-      for (size_t i = 0; i < words.size(); ++i)
-        if (words.data()[i] >= rows) refuse("a block names a row that does not exist");
+      const Words words = want_array<Words>(index, "the index of a block");
       if (words.size() == 0) refuse("a block needs rows");
+      if (taken.empty()) taken.resize(static_cast<size_t>(rows));
+      std::vector<bool> now = taken;  // two threads must not write one row
+      for (size_t i = 0; i < words.size(); ++i) {
+        if (words.data()[i] >= rows) refuse("a block names a row that does not exist");
+        if (now[words.data()[i]]) refuse("row " + std::to_string(words.data()[i]) + " of a site is named twice");
+        now[words.data()[i]] = true;
+      }
+      taken = std::move(now);
       p = words.data();
       keep.push_back(index);
       sizes.push_back(static_cast<int64_t>(words.size()));
@@ -230,32 +282,36 @@ struct Site {
     else if (nb::isinstance<PackedMask>(matrix)) p.part.mask = &nb::cast<const PackedMask&>(matrix).m;
     else refuse("a part is a Weight or a Mask");
     int64_t n = p.part.source.cols = extra >= 0 ? extra_cols : cols;
+    if (n < 1 || n > int64_t{1} << 31) refuse("a part reads from 1 to 2^31 columns");
+    std::vector<nb::object> used;
     for (nb::handle step : steps) {
-      const auto t = nb::cast<nb::tuple>(step);
-      const auto kind = nb::cast<std::string>(t[0]);
+      const auto t = want<nb::tuple>(step, "a step of a part");
+      if (nb::len(t) < 2) refuse("a step of a part is a name and its arguments");
+      const auto kind = want<std::string>(t[0], "the name of a step");
       gsm::Transform f;
       if (kind == "gather") {
-        const Words index = nb::cast<Words>(t[1]);
+        const Words index = want_array<Words>(t[1], "the index of a gather");
         for (size_t i = 0; i < index.size(); ++i)
           if (index.data()[i] >= static_cast<uint64_t>(n)) refuse("a gather names a column that does not exist");
         f.kind = gsm::Transform::gather;
         f.index = index.data();
         n = f.n = static_cast<int64_t>(index.size());
         if (n == 0) refuse("a gather needs columns");
-        keep.push_back(nb::borrow(t[1]));
+        used.push_back(nb::borrow(t[1]));
       } else if (kind == "multiply" || kind == "hadamard") {
         f.kind = kind == "multiply" ? gsm::Transform::multiply : gsm::Transform::hadamard;
         const size_t at = kind == "multiply" ? 1 : 2;
+        if (nb::len(t) <= at) refuse("a hadamard step needs its order and signs");
         if (!t[at].is_none()) {
-          const Floats factors = nb::cast<Floats>(t[at]);
+          const Floats factors = want_array<Floats>(t[at], "the factors of a step");
           if (static_cast<int64_t>(factors.size()) < n) refuse("a transform needs a factor for each column");
           f.factors = factors.data();
-          keep.push_back(nb::borrow(t[at]));
+          used.push_back(nb::borrow(t[at]));
         } else if (at == 1) {
           refuse("a multiply needs factors");
         }
         if (f.kind == gsm::Transform::hadamard) {
-          f.order = nb::cast<int64_t>(t[1]);
+          f.order = want<int64_t>(t[1], "the order of a hadamard step");
           if (!gsm::hadamard(f.order) || n % f.order) refuse("there is no Hadamard matrix of order " + std::to_string(f.order) + " for " + std::to_string(n) + " columns");
         }
       } else {
@@ -267,6 +323,7 @@ struct Site {
       refuse("a part of " + std::to_string(p.part.cols()) + " columns is given " + std::to_string(n));
     if (p.part.rows() != sizes.back())
       refuse("a part has " + std::to_string(p.part.rows()) + " rows, its block " + std::to_string(sizes.back()));
+    for (nb::object& array : used) keep.push_back(std::move(array));
     keep.push_back(std::move(matrix));
     blocks.back().parts.push_back(std::move(p));
   }
@@ -302,7 +359,7 @@ void linear(nb::handle x_, const std::vector<const Site*>& sites, const nb::list
     std::vector<const float*> extra;
     std::vector<int64_t> extra_cols;
     if (nb::len(extras))
-      for (nb::handle e : nb::cast<nb::list>(extras[i])) {
+      for (nb::handle e : want<nb::list>(extras[i], "the extra inputs of a site")) {
         const gsm::Array<const float> array(e, "extra");
         array.need_dims(2);
         if (array.size(0) != x.size(0)) refuse("an extra input has another number of tokens");
@@ -317,7 +374,10 @@ void linear(nb::handle x_, const std::vector<const Site*>& sites, const nb::list
     }
     if (gated && (site.blocks.size() != 1 || site.blocks[0].index || site.rows != sites[0]->rows))
       refuse("a gate needs two sites of the same rows, each in one block");
-    if (site.blocks.empty()) refuse("a site has no rows");
+    int64_t computed = 0;
+    for (const int64_t n : site.sizes) computed += n;
+    if (computed != site.rows)
+      refuse("the blocks of a site of " + std::to_string(site.rows) + " rows hold " + std::to_string(computed));
     for (const Site::Block& block : site.blocks) {
       gsm::LinearSite s;
       s.index = block.index;
@@ -402,14 +462,14 @@ void bind_linear(nb::module_& m) {
         return std::make_pair(std::string(name), why ? std::optional<std::string>(why) : std::nullopt);
       }, "input"_a);
   nb::class_<PackedMask>(m, "Mask")
-      .def(nb::init<int64_t, int64_t, Words, Bytes, const std::string&, Bytes, double>(), "rows"_a, "cols"_a,
-           "starts"_a.noconvert(), "index"_a.noconvert(), "kind"_a, "values"_a.noconvert(), "scale"_a)
+      .def(nb::init<int64_t, int64_t, nb::handle, Bytes, const std::string&, Bytes, double>(), "rows"_a, "cols"_a,
+           "starts"_a, "index"_a.noconvert(), "kind"_a, "values"_a.noconvert(), "scale"_a)
       .def_prop_ro("rows", [](const PackedMask& p) { return p.m.rows; })
       .def_prop_ro("cols", [](const PackedMask& p) { return p.m.cols; });
   nb::class_<Input>(m, "Input")
       .def(nb::init<const std::string&, int64_t, double, double>(), "rounding"_a, "group"_a, "fixed"_a, "outlier"_a);
   nb::class_<Site>(m, "Site")
-      .def(nb::init<int64_t, int64_t, std::optional<Floats>>(), "rows"_a, "cols"_a, "bias"_a.none().noconvert())
+      .def(nb::init<int64_t, int64_t, nb::handle>(), "rows"_a, "cols"_a, "bias"_a.none())
       .def("block", &Site::block, "index"_a.none())
       .def("part", &Site::part, "matrix"_a, "input"_a, "extra"_a, "extra_cols"_a, "steps"_a)
       .def_prop_ro("rows", [](const Site& s) { return s.rows; })

@@ -67,14 +67,25 @@ Path linear_path(const Weight& w, const InputFormat& in, const char** why) {
   return give(nullptr, Path::floats);
 }
 
+namespace {
+
+// The longest segment up to `limit` that cuts groups of n columns evenly; the only group of a row may be cut anywhere.
+int64_t cut(int64_t n, int64_t width, int64_t limit) {
+  if (n <= limit) return n;
+  if (n >= width) return limit;
+  int64_t length = limit / 8 * 8;
+  while (n % length) length -= 8;
+  return length;
+}
+
+}  // namespace
+
 int64_t segment_length(const Weight& w, const InputFormat& in, Path path) {
   int64_t n = w.group && w.coded() ? std::min(w.group, w.width()) : w.width();
-  if (path == Path::bytes) {
-    if (in.group) n = std::min(n, in.group);
-    return std::min(n, kIntegerSegment);
-  }
-  // A group that the float segment does not divide stays whole, but for the only one of a row.
-  return n > kFloatSegment && (n % kFloatSegment == 0 || n == w.width()) ? kFloatSegment : n;
+  if (path == Path::bytes) return cut(in.group ? std::min(n, in.group) : n, w.width(), kIntegerSegment);
+  // A group that the float segment does not divide stays whole if it can, but for the only one of a row.
+  if (n > kFloatSegment && (n % kFloatSegment == 0 || n == w.width())) return kFloatSegment;
+  return cut(n, w.width(), kIntegerSegment);
 }
 
 namespace {
@@ -114,7 +125,10 @@ class LinearOp final : public Op {
       panels_ += panels_of(site);
     }
     if (gated()) panels_ = panels_of(spec_.sites[0]);
-    for (const Source& s : sources_) widest_ = std::max({widest_, s.cols, after(s)});
+    for (const Source& s : sources_) {
+      widest_ = std::max(widest_, s.cols);
+      for (const Transform& t : s.steps) widest_ = std::max(widest_, t.n);
+    }
     widest_ = std::max(widest_, spec_.cols) + kPanel;
   }
 

@@ -30,7 +30,7 @@ bool in_place(const Weight& w, Path path, int64_t tokens) {
       return w.bits == 4 ? few || w.byte_table.empty() : few && w.byte_table.empty() && w.bits >= 2 && w.bits <= 6;
     case Path::pairs: return !w.coded() || w.bits == 4 || (few && (w.bits >= 5 && w.bits != 7));
     default:
-      if (!w.coded()) return w.number != Number::bf16 && w.cols % kBlock == 0 && tokens <= (w.number == Number::f32 ? kCopyTokens : kUnpackTokens);
+      if (!w.coded()) return w.number != Number::bf16 && w.cols == w.width() && tokens <= (w.number == Number::f32 ? kCopyTokens : kUnpackTokens);
       return few && !w.table_per_row && (w.bits == 4 || (w.bits == 8 && !w.table));
   }
 }
@@ -263,8 +263,9 @@ int max_tile() { return kMaxTile; }
 
 int panels_at_once(Path path, int64_t tokens) {
   // Bytes of one panel are one stream from memory; a float chain needs others beside it to hide its latency.
+  if (kMaxPanels < 4) return tokens == 1 && path != Path::bytes ? kMaxPanels : 1;  // `pick` has no larger tiles
   if (tokens <= few_tokens()) return path == Path::bytes ? 1 : kMaxPanels;
-  return kMaxPanels == 4 ? 2 : 1;
+  return 2;
 }
 
 int64_t panel_scratch(int64_t tokens, const PanelPart& part) {

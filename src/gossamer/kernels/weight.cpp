@@ -163,6 +163,7 @@ void prepare_bytes(Weight& w) {
   if (factor == 0) {
     if (w.bits > 4) return;  // wide minifloats span more than 16 bits: float paths are exact for them
     factor = 32767.0f / top;
+    if (!(factor < 0x1p100f)) return;  // its inverse would be subnormal
   }
   w.byte_parts = top * factor <= 127.0f ? 1 : 2;
   w.byte_scale = 1.0f / factor;
