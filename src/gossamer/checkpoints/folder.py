@@ -125,6 +125,10 @@ class Folder:
         """Rows r0..r1 as a new float32 array: see SafetensorsFile.read."""
         return self._shard(name).read(name, r0, r1)
 
+    def release(self, name: str) -> None:
+        """Lets a tensor's pages leave this process: see SafetensorsFile.release."""
+        self._shard(name).release(name)
+
     def _shard(self, name: str) -> SafetensorsFile:
         shard = self._shard_of.get(name)
         if shard is None:

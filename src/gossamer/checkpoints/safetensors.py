@@ -171,6 +171,12 @@ class SafetensorsFile:
             self._release(info.offset + r0 * row, stored.nbytes)
         return result
 
+    def release(self, name: str) -> None:
+        """Lets the pages of a tensor leave this process; they come back when it is read again."""
+        info = self._info(name)
+        if info.nbytes:
+            self._release(info.offset, info.nbytes)
+
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
         if info is None:

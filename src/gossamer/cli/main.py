@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kv",
         default="f16",
         metavar="EXPR",
-        help="how keys and values are stored: f16, f32, bf16 or int8/row (default: %(default)s)",
+        help="how keys and values are stored: f16, f32, bf16, int8/row or uint4/row (default: %(default)s)",
     )
     threads(p)
 
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         "--kv",
         default="f16",
         metavar="EXPR",
-        help="how keys and values are stored: f16, f32, bf16 or int8/row (default: %(default)s)",
+        help="how keys and values are stored: f16, f32, bf16, int8/row or uint4/row (default: %(default)s)",
     )
     threads(p)
     as_json(p)

@@ -170,7 +170,7 @@ class LLM:
         format: a format expression for every linear site, or None for the checkpoint's own.
         keep: (pattern, expression) pairs that override ``format`` for matching site names or roles.
         context: most tokens of prompt and answer together; None takes the smaller of 4096 and the model's own.
-        kv: how keys and values are stored: f16, f32, bf16 or int8/row.
+        kv: how keys and values are stored: f16, f32, bf16, int8/row or uint4/row.
         threads: None uses what the process's affinity and control group allow.
         before_load: is told the memory needed before any of it is taken.
 

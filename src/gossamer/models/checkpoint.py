@@ -101,6 +101,9 @@ class Checkpoint(ABC):
         wanted = fmt or self.native(site)
         return encode(wanted.weight, self.source(site), f"{self.path.name}: {site.name}")
 
+    def release(self, site: Site) -> None:  # noqa: B027 (most kinds keep nothing)
+        """What ``pack`` gave for the site has been copied: pages mapped for it may leave this process."""
+
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a ``.gguf`` file or a folder. Raises CheckpointError (or UnsupportedError) in one sentence."""

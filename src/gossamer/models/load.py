@@ -87,6 +87,8 @@ def load(checkpoint: Checkpoint, formats: Mapping[str, SiteFormat], progress: Pr
         fmt = formats[site.name]
         found = checkpoint.pack(site, fmt)
         packed[site.name] = Packed(found.format, found.shape, region.place(found.arrays))
+        del found
+        checkpoint.release(site)
         runners[site.name] = make_runner(packed[site.name], fmt, checkpoint.bias(site))
         if progress:
             progress(done + 1, len(topology.sites))

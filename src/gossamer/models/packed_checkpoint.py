@@ -102,6 +102,10 @@ class PackedFolder(InFolder):
             return self.stored(site)
         return super().pack(site, fmt)
 
+    def release(self, site: Site) -> None:
+        for field in self._formats[site.name].weight.fields(site.rows, site.cols):
+            self.folder.release(f"{site.name}.{field}")
+
     def tensors(self) -> Iterator[StoredTensor]:
         for name, info in self.folder.tensors.items():
             site = self._owner.get(name)
