@@ -248,11 +248,11 @@ def test_other_threads_run_at_once_while_one_records() -> None:
 def test_a_program_keeps_its_arrays() -> None:
     x = np.ones((4, 8), np.float32)
     gone = weakref.ref(x)
-    weight = site(8, 8, "f32 @ f32", 0).weight
+    runner = site(8, 8, "f32 @ f32", 0)
     with ops.record(4) as program:
-        ops.linear(x, [weight], [np.empty((4, 8), np.float32)], "f32")
+        ops.linear(x, [runner.site], [np.empty((4, 8), np.float32)])
         ops.scale(x, 2.0)
-    del weight
+    del runner
     with pytest.raises(ValueError, match="resize"):
         x.resize((400, 8))
     del x
