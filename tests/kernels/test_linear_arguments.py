@@ -311,7 +311,8 @@ def test_shapes_that_the_arrays_do_not_fill_are_refused(rows, cols):
 @pytest.mark.parametrize(
     "arguments",
     [("int9", 0, 0.0, 0.0), ("", 0, 0.0, 0.0), ("int8", -16, 0.0, 0.0), ("int8", 8, 0.0, 0.0),
-     ("int8", 1 << 40, 0.0, 0.0), ("int8", 0, -1.0, 0.0), ("int8", 0, np.nan, 0.0), ("int8", 0, np.inf, 0.0), ("int8", 0, 1e300, 0.0),
+     ("int8", 1 << 40, 0.0, 0.0), ("int8", 0, -1.0, 0.0), ("int8", 0, np.nan, 0.0), ("int8", 0, np.inf, 0.0),
+     ("int8", 0, 1e300, 0.0),
      ("int8", 0, 0.0, -1.0), ("int8", 0, 0.0, np.nan), ("int8", 0, 0.0, np.inf), ("bf16", 16, 0.0, 0.0),
      ("f32", 0, 1.0, 0.0), ("f32", 0, 0.0, 1.0), (None, 0, 0.0, 0.0)],
 )  # fmt: skip
