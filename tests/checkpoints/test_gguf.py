@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from ggml_rows import SCALES_AT, random_rows, sound_rows
 from gguf import GGMLQuantizationType as GGMLType
 
 from gossamer.checkpoints.gguf import LOSSLESS, TYPES, GGUFFile, parts, row_bytes
@@ -45,35 +46,6 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def random_rows(kind: str, rows: int, cols: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (rows, row_bytes(kind, cols)), dtype=np.uint8)
-
-
-# Where the f16 numbers of a block lie, in bytes, if not at its beginning alone.
-SCALES_AT = {
-    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q6_K": (208,),
-    "MXFP4": (0,),
-    "NVFP4": (),
-}
-
-
-def sound_rows(kind: str, rows: int, cols: int, seed: int = 0) -> np.ndarray:
-    """Random codes under finite random scales (and minima) of a type in LOSSLESS."""
-    rng = np.random.default_rng(seed)
-    raw = random_rows(kind, rows, cols, seed).reshape(-1, TYPES[kind][2])
-    if kind == "MXFP4":
-        raw[:, 0] = rng.integers(0, 253, len(raw))
-    elif kind == "NVFP4":
-        raw[:, :4] &= 127
-    else:
-        for at in SCALES_AT.get(kind, (0,)):
-            raw[:, at : at + 2] = rng.normal(0, 0.1, (len(raw), 1)).astype("<f2").view(np.uint8)
-    return raw.reshape(rows, -1)
 
 
 def oracle(raw: np.ndarray, kind: str) -> np.ndarray:

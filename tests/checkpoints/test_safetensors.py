@@ -413,3 +413,68 @@ def test_random_bytes(data: bytes, tmp_path: Path) -> None:
     for content in (data, pack(data), pack(b"{" + data)):
         path.write_bytes(content)
         consume(path)
+
+
+# ---------------------------------------------------------------- lengths that are known late
+
+
+def test_open_lengths_are_those_of_what_is_written(tmp_path: Path) -> None:
+    arrays = {
+        "a": np.arange(6, dtype="<f4").reshape(2, 3),
+        "b": np.arange(1000, dtype="<u2"),
+        "c": np.arange(4, dtype="u1"),
+        "d": np.zeros(0, "<u4"),
+        "e": np.arange(3, dtype="<u4"),
+    }
+    kinds = {"f4": "F32", "u2": "U16", "u1": "U8", "u4": "U32"}
+    specs = [(n, kinds[a.dtype.str[1:]], a.shape if n in "ac" else (7,)) for n, a in arrays.items()]
+    with SafetensorsWriter(tmp_path / "f", specs, {"k": "v"}, 64, {"b", "d", "e"}) as writer:
+        for name, array in arrays.items():
+            writer.write(name, array)
+    assert writer.data_bytes == sum(a.nbytes for a in arrays.values())
+    for opened in (safetensors.numpy.load_file(tmp_path / "f"), None):
+        for name, array in arrays.items():
+            got = opened[name] if opened is not None else SafetensorsFile(tmp_path / "f").raw(name)
+            assert got.dtype == array.dtype
+            np.testing.assert_array_equal(got, array)
+    file = SafetensorsFile(tmp_path / "f")
+    assert (list(file.tensors), file.metadata, file.data_bytes) == (list(arrays), {"k": "v"}, writer.data_bytes)
+    assert file.tensors["a"].offset % 64 == 0
+
+
+def test_open_lengths_need_the_order_of_the_file(tmp_path: Path) -> None:
+    specs = [("a", "U8", (4,)), ("b", "U8", (4,)), ("c", "U8", (2,))]
+    four = np.zeros(4, np.uint8)
+    with SafetensorsWriter(tmp_path / "f", specs, open={"b"}) as writer:
+        with pytest.raises(UsageError, match="'b' is written out of order; tensor 'a' is next"):
+            writer.write("b", four)
+        with pytest.raises(UsageError, match="whole"):
+            writer.write_at("a", 0, four)
+        writer.write("a", four)
+        with pytest.raises(UsageError, match="shape"):
+            writer.write("b", four[None])
+        with pytest.raises(UsageError, match="takes uint8 arrays"):
+            writer.write("b", four.astype(np.float32))
+        writer.write("b", np.ones(77, np.uint8))
+        with pytest.raises(UsageError, match="not complete"):
+            writer.close()
+        with pytest.raises(UsageError, match="shape"):
+            writer.write("c", four)
+        writer.write("c", four[:2])
+        with pytest.raises(UsageError):
+            writer.write("c", four[:2])
+    assert SafetensorsFile(tmp_path / "f").raw("b").sum() == 77
+    with pytest.raises(UsageError, match="only a length"):
+        SafetensorsWriter(tmp_path / "g", [("a", "U8", (4, 4))], open={"a"})
+    assert not (tmp_path / "g").exists()
+
+
+def test_an_unfinished_file_of_open_lengths_goes(tmp_path: Path) -> None:
+    def fail() -> None:
+        with SafetensorsWriter(tmp_path / "f", [("a", "U8", (4,)), ("b", "U8", (4,))], open={"a"}) as writer:
+            writer.write("a", np.zeros(9, np.uint8))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not (tmp_path / "f").exists()

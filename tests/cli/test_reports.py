@@ -152,13 +152,39 @@ def test_inspect(tiny: Path, small: Path, smollm2_gguf: Path) -> None:
     assert "source.file: tiny.gguf" in ours
 
 
-def test_inspect_says_what_does_not_run_as_it_is(gemma3_gguf: Path) -> None:
+def test_inspect_shows_k_types_as_they_are(gemma3_gguf: Path) -> None:
     found = report("inspect", gemma3_gguf)
     runs = {t["type"]: t["runs_as"] for t in found["tensors"] if t["type"].endswith("_K")}
-    assert runs.keys() == {"Q4_K", "Q6_K"}
-    for kind, how in runs.items():
-        # Either an expression of its own, or it says that it is decoded.
-        assert "decoded" not in how or how == f"f16 @ f32 (decoded: {kind} does not run as it is yet)"
+    assert runs == {"Q4_K": "uint4/g32*(uint6/g8-z(0))-m(uint6/g8-z(0))", "Q6_K": "int6/g16*(int8/g16)"}
+    assert found["unfused_sites"] == {}
+
+
+def test_inspect_of_sites(tiny: Path, small: Path, tmp_path: Path) -> None:
+    found = report("inspect", small, "--site", "*.1.self_attn.*")["sites"]
+    assert [s["name"].rpartition(".")[2] for s in found] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    (matrix,) = found[0]["matrices"]
+    assert (found[0]["format"], found[0]["bits_per_weight"], found[0]["unfused"]) == ("int4/g32", 4.5, None)
+    assert (matrix["format"], matrix["input"], matrix["multiply_adds"]) == ("int4/g32", "bf16", 96 * 96)
+    assert matrix["path"] in ("bf16", "f32")
+    shown = gossamer("inspect", small, "--site", "down")
+    assert (shown.code, shown.err) == (0, "")
+    assert len(re.findall(r"(?m)^model\.layers\.\d\.mlp\.down_proj +96x160 +4\.500 +int4/g32 +bf16 ", shown.out)) == 2
+    bad = gossamer("inspect", small, "--site", "donw")
+    assert (bad.code, bad.out) == (2, "")
+    assert "matches no site" in bad.err
+
+    # Formats of several matrices: each is told, with its share of the work.
+    text = "cols(16: bf16 @ bf16, int4/row) @ int8/token"
+    done = gossamer("compress", tiny, "-o", tmp_path / "parts", "--format", "int4/g32", "--keep", f"up={text}")
+    assert done.code == 0
+    (site, _) = report("inspect", tmp_path / "parts", "--site", "up")["sites"]
+    assert site["format"] == text
+    assert [(m["format"], m["input"], m["multiply_adds"]) for m in site["matrices"]] == [
+        ("bf16", "bf16", 160 * 16),
+        ("int4/row", "int8/token", 160 * 80),
+    ]
+    assert site["matrices"][1]["path"] == "int8"
+    assert "sites by what multiplies them: " in gossamer("inspect", tmp_path / "parts").out
 
 
 # ---------------------------------------------------------------- demo

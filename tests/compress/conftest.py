@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "models")]
+sys.path[:0] = [str(Path(__file__).parent), *(str(Path(__file__).parents[1] / d) for d in ("models", "checkpoints"))]
 
 import tiny_gguf  # noqa: E402
 

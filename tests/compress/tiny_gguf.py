@@ -32,11 +32,12 @@ def write(
     seed: int = 0,
     q_bias: bool = False,
     merges: Sequence[str] = MERGES,
+    heap: bool = False,
 ) -> Path:
     """Writes the file.
 
     ``arch`` is its general.architecture and ``seed`` that of the weights; ``q_bias`` gives queries alone a bias, which
-    no config.json of a llama can say; other ``merges`` make another tokenizer.
+    no config.json of a llama can say; other ``merges`` make another tokenizer; ``heap`` makes every 16th row large.
     """
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, arch)
@@ -55,6 +56,8 @@ def write(
 
     def matrix(name: str, rows: int, cols: int, kind: Any = gguf.GGMLQuantizationType.Q4_1) -> None:
         values = (random.standard_normal((rows, cols)) / np.sqrt(cols)).astype(np.float32)
+        if heap:
+            values[::16] *= 8
         writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
 
     def gain(name: str) -> None:

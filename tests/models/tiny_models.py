@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import torch
 import transformers
+from ggml_rows import sound_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 VOCAB = 331  # not a multiple of 16
@@ -140,7 +141,10 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def write_gguf(model: Any, arch: str, path: Path, kind: str = "F32") -> Path:
-    """The model as a GGUF file with matrices of type ``kind``; keys, names and blocks are the ``gguf`` package's."""
+    """The model as a GGUF file with matrices of type ``kind``; keys, names and blocks are the ``gguf`` package's.
+
+    What that package cannot quantize to becomes random blocks.
+    """
     c = model.config
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(c.max_position_embeddings)
@@ -173,10 +177,12 @@ def write_gguf(model: Any, arch: str, path: Path, kind: str = "F32") -> Path:
             array = _side_by_side(array, c.num_key_value_heads)
         array = np.ascontiguousarray(array)
         stored = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
+        try:
+            data = gguf.quants.quantize(array, stored)
+        except NotImplementedError:
+            data = sound_rows(kind, *array.shape, size=3e-4)
         # The writer takes the shape from the stored bytes.
-        writer.add_tensor(
-            names.get_name(name, (".weight", ".bias")), gguf.quants.quantize(array, stored), raw_dtype=stored
-        )
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -14,7 +14,7 @@ from gossamer.formats import SiteFormat, parse
 from gossamer.formats.dispatch import make_runner
 from gossamer.limits import available_memory
 from gossamer.models.config import Config, Rope
-from gossamer.models.load import Loaded, Progress
+from gossamer.models.load import Loaded, Progress, unfused
 from gossamer.models.topology import Site, describe
 from gossamer.models.transformer import Transformer
 
@@ -114,8 +114,8 @@ def shape_model(
         if progress:
             progress(done + 1, len(topology.sites))
     vectors = {v.name: np.ones(v.size, np.float32) for v in topology.vectors}
-    unfused = {site: r.refused for site, r in runners.items() if r.refused is not None}
-    return Loaded(Transformer(config, runners, vectors), topology, formats, packed, unfused)
+    transformer = Transformer(config, runners, vectors)
+    return Loaded(transformer, topology, formats, packed, unfused(topology.sites, runners))
 
 
 def _check_memory(name: str, text: str, formats: Mapping[str, SiteFormat], sites: tuple[Site, ...]) -> None:

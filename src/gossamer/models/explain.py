@@ -8,6 +8,7 @@ from gossamer.formats import Composite, Packed, SiteFormat, allocate, bits_per_w
 from gossamer.formats.dispatch import Leaf, make_runner
 from gossamer.formats.node import PANEL
 from gossamer.models.checkpoint import Checkpoint
+from gossamer.models.load import unfused
 from gossamer.models.topology import Site
 
 __all__ = ["Explained", "explain"]
@@ -46,7 +47,8 @@ def _explain(checkpoint: Checkpoint, site: Site, fmt: SiteFormat) -> Explained:
     if isinstance(fmt.weight, Composite):  # which only folders of ours hold, ready to be mapped
         packed = checkpoint.pack(site)
         runner = make_runner(packed, fmt)
-        return Explained(site, fmt, packed.bits_per_weight, runner.leaves, runner.refused)
+        why = unfused([site], {site.name: runner}).get(site.name)
+        return Explained(site, fmt, packed.bits_per_weight, runner.leaves, why)
     # The path follows from the format, the columns and the input: a few rows of zeros do.
     arrays = allocate(fmt.weight, PANEL, site.cols)
     runner = make_runner(Packed(fmt.weight, (PANEL, site.cols), arrays), fmt)

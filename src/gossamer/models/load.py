@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from gossamer.errors import UsageError
 from gossamer.formats import Packed, SiteFormat
-from gossamer.formats.dispatch import Leaf, make_runner
+from gossamer.formats.dispatch import Leaf, Runner, make_runner
 from gossamer.models.checkpoint import Checkpoint
 from gossamer.models.memory import Region
 from gossamer.models.topology import Site, Topology
 from gossamer.models.transformer import Transformer
 
-__all__ = ["Choose", "Loaded", "Plan", "Progress", "load", "plan"]
+__all__ = ["Choose", "Loaded", "Plan", "Progress", "load", "plan", "unfused"]
 
 Choose = Callable[[Site], SiteFormat | None]
 Progress = Callable[[int, int], None]  # steps done, steps in all: sites, windows, repetitions, tokens
@@ -93,5 +93,14 @@ def load(checkpoint: Checkpoint, formats: Mapping[str, SiteFormat], progress: Pr
         if progress:
             progress(done + 1, len(topology.sites))
     vectors = {v.name: checkpoint.vector(v) for v in topology.vectors}
-    unfused = {name: r.refused for name, r in runners.items() if r.refused is not None}
-    return Loaded(Transformer(checkpoint.config, runners, vectors), topology, dict(formats), packed, unfused)
+    transformer = Transformer(checkpoint.config, runners, vectors)
+    return Loaded(transformer, topology, dict(formats), packed, unfused(topology.sites, runners))
+
+
+def unfused(sites: Iterable[Site], runners: Mapping[str, Runner]) -> dict[str, str]:
+    """The sites that run without a fused kernel, with the reason."""
+    found = {name: r.refused for name, r in runners.items() if r.refused is not None}
+    for site in sites:
+        if site.role == "embed" and runners[site.name].only is None:
+            found.setdefault(site.name, "its rows are looked up in a float32 copy, since it is stored in parts")
+    return found
