@@ -117,7 +117,8 @@ struct Matrix {
     for (int64_t i = 0; i < n / size; ++i) {
       const float v = random.uniform(-0.1f, 0.1f);
       const uint16_t half = kind == ScaleKind::f16 ? gsm::to_f16(v).bits : gsm::to_bf16(v).bits;
-      const auto small = static_cast<uint8_t>(kind == ScaleKind::e8m0 ? 118 + random.below(6) : random.below(60) + 128 * random.below(2));
+      const int64_t byte = kind == ScaleKind::e8m0 ? 118 + random.below(6) : random.below(60) + 128 * random.below(2);
+      const auto small = static_cast<uint8_t>(byte);
       const void* const from = size == 4 ? static_cast<const void*>(&v) : size == 2 ? static_cast<const void*>(&half) : &small;
       std::copy_n(static_cast<const uint8_t*>(from), size, to + size * i);
     }
@@ -341,6 +342,16 @@ void odd_shapes() {
       }
 }
 
+// Several panels in one go, and what is left over of them.
+void tall() {
+  check::Random random(6);
+  int turn = 0;
+  for (const Kind& kind : kinds()) {
+    const Matrix a(kind, 613, 24, random);
+    multiply(a, kInputs[turn++ % 11], 3, {1, 2}, random);
+  }
+}
+
 // Chunks end inside of rows, at segments that are cut and at ones that are not.
 void long_rows() {
   check::Random random(2);
@@ -386,7 +397,8 @@ struct Sparse {
     const int64_t panels = (rows + 15) / 16;
     starts = Block<uint32_t>(panels + 1);
     for (int64_t p = 0; p < panels; ++p) starts[p + 1] = starts[p] + static_cast<uint32_t>(random.below(4));
-    const int64_t n = 16 * static_cast<int64_t>(starts[panels]), size = kind == ScaleKind::f32 ? 4 : kind == ScaleKind::none ? 1 : 2;
+    const int64_t n = 16 * static_cast<int64_t>(starts[panels]);
+    const int64_t size = kind == ScaleKind::f32 ? 4 : kind == ScaleKind::none ? 1 : 2;
     index = Block<uint8_t>(n * index_bytes);
     values = Block<uint8_t>(n * size);
     for (int64_t p = 0, i = 0; p < panels; ++p)
@@ -428,10 +440,12 @@ void sites(const std::vector<int>& threads) {
   for (int64_t i = 0; i < rows; ++i) order[i] = static_cast<uint32_t>(i * 13 % rows);
   Block<uint32_t> head = order.copy(0, 20), tail = order.copy(20, rows - 20);
   Block<float> factors(cols), signs(cols), gain(cols), bias(rows), between(kTokens * rank);
-  for (int64_t i = 0; i < cols; ++i) factors[i] = random.uniform(0.5f, 2), signs[i] = random.below(2) ? 1.0f : -1.0f, gain[i] = random.uniform(0, 2);
+  for (int64_t i = 0; i < cols; ++i) factors[i] = random.uniform(0.5f, 2), gain[i] = random.uniform(0, 2);
+  for (int64_t i = 0; i < cols; ++i) signs[i] = random.below(2) ? 1.0f : -1.0f;
   for (int64_t i = 0; i < rows; ++i) bias[i] = random.uniform(-1, 1);
   for (int64_t i = 0; i < between.size(); ++i) between[i] = random.uniform(-1, 1);
-  const gsm::Transform gather_wide{gsm::Transform::gather, wide.data(), 500}, gather_narrow{gsm::Transform::gather, narrow.data(), 40};
+  const gsm::Transform gather_wide{gsm::Transform::gather, wide.data(), 500};
+  const gsm::Transform gather_narrow{gsm::Transform::gather, narrow.data(), 40};
   const gsm::Transform multiply_by{gsm::Transform::multiply, nullptr, 0, factors.data()};
   const gsm::Transform rotate{gsm::Transform::hadamard, nullptr, 0, signs.data(), 32};
   const gsm::Transform rotate_all{gsm::Transform::hadamard, nullptr, 0, nullptr, 48};
@@ -502,6 +516,7 @@ void linear_cases(bool team_only) {
   teams();
   if (team_only) return;
   odd_shapes();
+  tall();
   long_rows();
   longest_sums();
 }
