@@ -1,222 +1,162 @@
-// Linear layers and row look-up against a plain reference in double precision, which reads the codes before they
-// are packed. Tolerance: a float32 sum of n terms in any order errs by at most n * 2^-24 times the sum of the
-// terms' magnitudes; twice that is allowed. A bf16 dot also takes a subnormal input, product or sum for zero, so
-// bf16 inputs may lose 2^-126 times (|weight| + scale) a term.
+// Linear sites and row look-up over arrays of exactly the bytes that the layout asks for, so that a sanitizer sees an
+// access beyond them. What a result means is held against float64 in the Python tests; here it must be near a double
+// reference that decodes the same bytes, and the same bits in every batch and on any number of threads.
 #include "linear.h"
 
 #include <algorithm>
+#include <deque>
 #include <vector>
 
 #include "check.h"
+#include "fwht.h"
 #include "team.h"
 
 namespace {
 
 using check::Block;
-using gsm::Code;
-using gsm::Input;
-using gsm::Offset;
-using gsm::Scale;
+using gsm::InputFormat;
+using gsm::Rounding;
+using gsm::ScaleKind;
 
-enum class Fill { random, zero, top };
+enum class Table { none, small, wide, real, per_row, nan };
 
-struct Shape {
-  Code code;
-  Scale scale;
-  Offset offset;
-  int64_t group, rows, cols;
+struct Kind {
+  gsm::Number number = gsm::Number::coded;
+  int bits = 0;
+  float step = 1, zero = 0;
+  Table table = Table::none;
+  int64_t group = 0, tile_rows = 1;  // group 0: the width
+  ScaleKind scale = ScaleKind::f16;
+  int zero_bits = 0;
+  ScaleKind min = ScaleKind::none;
 };
 
-std::string name(const Shape& s) {
-  static const char* const codes[] = {"f32", "f16", "bf16", "u8", "u5", "u4"};
-  static const char* const scales[] = {"none", "f32", "f16", "bf16"};
-  static const char* const offsets[] = {"symmetric", "zero_u4", "zero_u8", "min_f16", "min_f32", "min_bf16"};
-  return std::string(codes[static_cast<int>(s.code)]) + "/" + std::to_string(s.group) + " scale " +
-         scales[static_cast<int>(s.scale)] + " " + offsets[static_cast<int>(s.offset)] + " [" + std::to_string(s.rows) +
-         ", " + std::to_string(s.cols) + "]";
-}
-std::string name(Input input) { return input == Input::f32 ? "f32" : input == Input::bf16 ? "bf16" : "int8/token"; }
-
-// Stores v as the named type at element i and returns what that type holds.
-float put(uint8_t* at, int64_t i, Scale type, float v) {
-  if (type == Scale::f32) {
-    std::copy_n(reinterpret_cast<const uint8_t*>(&v), 4, at + 4 * i);
-    return v;
+// Every loop that reads or expands codes, every kind of scale and offset.
+std::vector<Kind> kinds() {
+  using N = gsm::Number;
+  using S = ScaleKind;
+  std::vector<Kind> all{{N::f32}, {N::f16}, {N::bf16}};
+  for (int bits = 1; bits <= 8; ++bits) all.push_back({N::coded, bits, 1, static_cast<float>(1 << bits) / 2, Table::none, 32});
+  all.push_back({N::coded, 4, 1, 0, Table::none, 16, 1, S::f32, 4});
+  all.push_back({N::coded, 8, 1, 0, Table::none, 0, 1, S::bf16, 8});
+  all.push_back({N::coded, 3, 1, 0, Table::none, 48, 1, S::f16, 4});
+  all.push_back({N::coded, 5, 1, 0, Table::none, 48, 1, S::nested, 0, S::f16});
+  all.push_back({N::coded, 2, 1, 0, Table::none, 16, 1, S::nested, 0, S::nested});
+  all.push_back({N::coded, 7, 1, 0, Table::none, 64, 16, S::f32, 0, S::bf16});
+  all.push_back({N::coded, 1, 2, 1, Table::none, 0, 1, S::f32});
+  all.push_back({N::coded, 4, 2, 15, Table::none, 32, 1, S::e4m3});
+  all.push_back({N::coded, 4, 1, 8, Table::none, 32, 1, S::e8m0});
+  all.push_back({N::coded, 8, 1, 128, Table::none, 32, 32, S::nested});
+  all.push_back({N::coded, 3, 1, 4, Table::none, 8, 1, S::f16});
+  for (int bits : {3, 4, 5, 6, 8})
+    for (Table table : {Table::small, Table::wide}) all.push_back({N::coded, bits, 1, 0, table, 32, 1, S::f16});
+  for (int bits : {2, 3, 4}) {
+    all.push_back({N::coded, bits, 1, 0, Table::real, 64, 1, S::f32});
+    all.push_back({N::coded, bits, 1, 0, Table::per_row, 0, 1, S::none});
   }
-  const uint16_t bits = type == Scale::f16 ? gsm::to_f16(v).bits : gsm::to_bf16(v).bits;
-  std::copy_n(reinterpret_cast<const uint8_t*>(&bits), 2, at + 2 * i);
-  return type == Scale::f16 ? gsm::to_f32(gsm::f16{bits}) : gsm::to_f32(gsm::bf16{bits});
+  all.push_back({N::coded, 8, 1, 0, Table::nan, 16, 1, S::e8m0});
+  return all;
 }
 
-// One matrix twice: as plain numbers for the reference, and packed in blocks of exactly the layout's size.
+// A matrix of random bytes. Its blocks never move: the weight points into them.
 struct Matrix {
-  Shape shape;
   gsm::Weight w;
-  Block<uint8_t> codes, high, scales, offsets;
-  Block<float> bias;
-  std::vector<int> code;                     // [rows][cols], less the zero code or zero point
-  std::vector<int> raw;                      // [rows][cols], as stored
-  std::vector<float> value;                  // [rows][cols], plain weights
-  std::vector<float> scale, minimum, point;  // [rows][groups]
+  std::deque<Block<uint8_t>> bytes;
+  Block<float> table;
+  std::deque<Matrix> nested;
+  std::string name;
 
-  Matrix(const Shape& s, check::Random& random, Fill fill = Fill::random) : shape(s) {
-    w.code = s.code;
-    w.scale = s.scale;
-    w.offset = s.offset;
-    w.rows = s.rows;
-    w.cols = s.cols;
-    w.group = s.group;
-    codes = Block<uint8_t>(w.panels() * gsm::panel_bytes_codes(w));
-    high = Block<uint8_t>(w.panels() * gsm::panel_bytes_high(w));
-    scales = Block<uint8_t>(w.panels() * gsm::panel_bytes_scales(w));
-    offsets = Block<uint8_t>(w.panels() * gsm::panel_bytes_offsets(w));
-    w.coded() ? pack_codes(random, fill) : pack_values(random, fill);
-    if (random.below(2)) {
-      bias = Block<float>(s.rows);
-      for (int64_t r = 0; r < s.rows; ++r) bias[r] = random.uniform(-1, 1);
+  Matrix(const Kind& k, int64_t rows, int64_t cols, check::Random& random) {
+    w.number = k.number;
+    w.bits = k.bits;
+    w.rows = rows;
+    w.cols = cols;
+    w.step = k.step;
+    w.zero = k.zero;
+    name = "linear " + std::to_string(k.bits) + " bits, group " + std::to_string(k.group) + " scale " +
+           std::to_string(static_cast<int>(k.scale)) + " table " + std::to_string(static_cast<int>(k.table)) + " [" +
+           std::to_string(rows) + ", " + std::to_string(cols) + "]";
+    if (w.coded()) {
+      w.group = k.group ? k.group : w.width();
+      w.tile_rows = k.tile_rows;
+      w.zero_bits = k.zero_bits;
+      make_table(k.table, random);
+      make_scales(w.scales, k.scale, random);
+      make_scales(w.mins, k.min, random);
     }
-    w.codes = codes.data();
-    w.high = high.size() ? high.data() : nullptr;
-    w.scales = scales.size() ? scales.data() : nullptr;
-    w.offsets = offsets.size() ? offsets.data() : nullptr;
-    w.bias = bias.size() ? bias.data() : nullptr;
-  }
-
-  void pack_values(check::Random& random, Fill fill) {
-    const Scale type = w.code == Code::f32 ? Scale::f32 : w.code == Code::f16 ? Scale::f16 : Scale::bf16;
-    for (int64_t r = 0; r < w.rows; ++r)
-      for (int64_t k = 0; k < w.cols; ++k) {
-        const float v = fill == Fill::zero ? 0.0f : fill == Fill::top ? 60000.0f : random.uniform(-1, 1);
-        uint8_t* const panel = codes.data() + r / 16 * gsm::panel_bytes_codes(w);
-        const int64_t i = w.code == Code::bf16 ? (k / 2 * 16 + r % 16) * 2 + k % 2 : 16 * k + r % 16;
-        value.push_back(put(panel, i, type, v));
-      }
-  }
-
-  void pack_codes(check::Random& random, Fill fill) {
-    const int top = w.code == Code::u8 ? 255 : w.code == Code::u5 ? 31 : 15;
-    const int top_zero = w.offset == Offset::zero_u4 ? 15 : 255;
-    for (int64_t r = 0; r < w.rows; ++r)
-      for (int64_t g = 0; g < w.groups(); ++g) {
-        const int64_t index = (r / 16 * w.groups() + g) * 16 + r % 16;
-        const float s = fill == Fill::zero ? 0.0f : random.uniform(0.01f, 0.1f) * (random.below(4) ? 1.0f : -1.0f);
-        scale.push_back(put(scales.data(), index, w.scale, s));
-        int zero = gsm::zero_code(w);
-        float low = 0.0f;
-        if (w.offset == Offset::zero_u4 || w.offset == Offset::zero_u8) {
-          zero = fill == Fill::random ? static_cast<int>(random.below(std::min(top, top_zero) + 1))
-                 : fill == Fill::top  ? top_zero
-                                      : 0;
-          if (w.offset == Offset::zero_u8) offsets[index] = static_cast<uint8_t>(zero);
-          else offsets[index / 16 * 8 + r % 8] |= static_cast<uint8_t>(r % 16 < 8 ? zero : zero << 4);
-        } else if (w.offset != Offset::symmetric) {
-          const Scale type = w.offset == Offset::min_f32   ? Scale::f32
-                             : w.offset == Offset::min_f16 ? Scale::f16
-                                                           : Scale::bf16;
-          low = put(offsets.data(), index, type, fill == Fill::zero ? 0.0f : random.uniform(-0.5f, 0.5f));
-        }
-        minimum.push_back(low);
-        point.push_back(static_cast<float>(zero - gsm::zero_code(w)));
-        for (int64_t k = g * w.group; k < std::min(w.cols, (g + 1) * w.group); ++k) {
-          const int c = fill == Fill::random ? static_cast<int>(random.below(top + 1)) : fill == Fill::top ? top : 0;
-          raw.push_back(c - gsm::zero_code(w));
-          code.push_back(c - zero);
-          put_code(r, k, c);
-        }
-      }
-    // Rows past the end belong to nobody: a NaN scale there must not reach a real row.
-    for (int64_t r = w.rows; r < 16 * w.panels(); ++r)
-      for (int64_t g = 0; g < w.groups(); ++g)
-        put(scales.data(), (r / 16 * w.groups() + g) * 16 + r % 16, w.scale, std::nanf(""));
-  }
-
-  void put_code(int64_t r, int64_t k, int c) {
-    const int64_t block = r / 16 * w.blocks() + k / 8, half = k % 8 / 4, at = 4 * (r % 16) + k % 4;
-    if (w.code == Code::u8) {
-      codes[(2 * block + half) * 64 + at] = static_cast<uint8_t>(c);
-      return;
+    const gsm::ArrayBytes n = gsm::array_bytes(w);
+    for (auto [to, size] : {std::pair{&w.q8, n.q8}, {&w.q4, n.q4}, {&w.q2, n.q2}, {&w.q1, n.q1}, {&w.zeros, n.zeros}})
+      *to = random_bytes(size, random);
+    // Padding holds any code but one that means NaN, which would spoil its row.
+    for (int64_t i = 0; k.table == Table::nan && i < n.q8; ++i)
+      if (i / 256 % w.blocks() * 16 + i % 256 / 64 * 4 + i % 4 >= cols) bytes.back()[i] = 0;
+    fill(w.scales, n.scales, random);
+    fill(w.mins, n.mins, random);
+    if (n.values) {
+      const ScaleKind as = k.number == gsm::Number::f32   ? ScaleKind::f32
+                           : k.number == gsm::Number::f16 ? ScaleKind::f16
+                                                          : ScaleKind::bf16;
+      w.values = numbers(as, n.values, random);
     }
-    codes[block * 64 + at] |= static_cast<uint8_t>(half ? (c & 15) << 4 : c & 15);
-    if (w.code == Code::u5 && c >= 16) high[(2 * block + half) * 8 + at / 8] |= static_cast<uint8_t>(1 << at % 8);
+    gsm::prepare_bytes(w);
+  }
+  Matrix(const Matrix&) = delete;
+
+  const uint8_t* random_bytes(int64_t n, check::Random& random) {
+    if (n == 0) return nullptr;
+    bytes.emplace_back(n);
+    for (int64_t i = 0; i < n; ++i) bytes.back()[i] = static_cast<uint8_t>(random.bits());
+    return bytes.back().data();
+  }
+
+  // n bytes of numbers of either sign.
+  const uint8_t* numbers(ScaleKind kind, int64_t n, check::Random& random) {
+    bytes.emplace_back(n);
+    uint8_t* const to = bytes.back().data();
+    const int64_t size = kind == ScaleKind::f32 ? 4 : kind == ScaleKind::f16 || kind == ScaleKind::bf16 ? 2 : 1;
+    for (int64_t i = 0; i < n / size; ++i) {
+      const float v = random.uniform(-0.1f, 0.1f);
+      const uint16_t half = kind == ScaleKind::f16 ? gsm::to_f16(v).bits : gsm::to_bf16(v).bits;
+      const int64_t byte = kind == ScaleKind::e8m0 ? 118 + random.below(6) : random.below(60) + 128 * random.below(2);
+      const auto small = static_cast<uint8_t>(byte);
+      const void* const from = size == 4 ? static_cast<const void*>(&v) : size == 2 ? static_cast<const void*>(&half) : &small;
+      std::copy_n(static_cast<const uint8_t*>(from), size, to + size * i);
+    }
+    return to;
+  }
+
+  void make_table(Table kind, check::Random& random) {
+    if (kind == Table::none) return;
+    const int64_t n = int64_t{1} << w.bits;
+    w.table_per_row = kind == Table::per_row;
+    table = Block<float>(w.table_per_row ? n * 16 * w.panels() : n);
+    for (int64_t i = 0; i < table.size(); ++i)
+      switch (kind) {
+        case Table::small: table[i] = static_cast<float>(i - n / 2) / 2; break;       // integers of a byte
+        case Table::wide: table[i] = static_cast<float>((i - n / 2) * 129); break;    // of two
+        case Table::nan: table[i] = i % 16 == 15 ? std::nanf("") : static_cast<float>(i); break;
+        default: table[i] = random.uniform(-1, 1);
+      }
+    w.table = table.data();
+  }
+
+  // The kind; plain values follow when their number is known.
+  void make_scales(gsm::Scales& s, ScaleKind kind, check::Random& random) {
+    s.kind = kind;
+    if (kind != ScaleKind::nested) return;
+    nested.emplace_back(Kind{gsm::Number::coded, 6, 1, 32, Table::none, 8, 1, ScaleKind::f16}, w.row_tiles(), w.groups(), random);
+    s.nested = &nested.back().w;
+  }
+  void fill(gsm::Scales& s, int64_t n, check::Random& random) {
+    if (n) s.values = numbers(s.kind, n, random);
   }
 };
 
 // ---------------------------------------------------------------- reference
 
-struct Reference {
-  std::vector<double> y, error;  // [tokens][rows]: the value, and how far a kernel may be from it
-};
+constexpr int64_t kTokens = 33;
 
-// One token of int8/token: the scale and the codes, by the formula that linear.h's quantization states.
-float quantize(const float* x, int64_t cols, std::vector<int>& q) {
-  float peak = 0.0f;
-  for (int64_t k = 0; k < cols; ++k) peak = std::max(peak, std::fabs(x[k]));
-  const float s = peak / 127.0f;
-  for (int64_t k = 0; k < cols; ++k) {
-    const float r = s == 0.0f ? 0.0f : std::nearbyint(x[k] / s);
-    q[static_cast<size_t>(k)] = static_cast<int>(std::clamp(r, -127.0f, 127.0f));
-  }
-  return s;
-}
-
-bool finite(const float* x, int64_t cols) {
-  return std::all_of(x, x + cols, [](float v) { return std::isfinite(v); });
-}
-
-Reference reference(const Matrix& a, const Block<float>& x, int64_t tokens, Input input) {
-  const gsm::Weight& w = a.w;
-  Reference out;
-  std::vector<int> q(static_cast<size_t>(w.cols));
-  for (int64_t m = 0; m < tokens; ++m) {
-    const float* const xm = x.data() + m * w.cols;
-    const bool usable = finite(xm, w.cols);
-    const float input_scale = usable && input == Input::int8_token ? quantize(xm, w.cols, q) : 0.0f;
-    for (int64_t r = 0; r < w.rows; ++r) {
-      double y = w.bias ? w.bias[r] : 0.0, size = std::fabs(y), terms = 16, flushed = 0;
-      for (int64_t g = 0; usable && g < w.groups(); ++g) {
-        const auto rg = static_cast<size_t>(r * w.groups() + g);
-        double exact = 0, inputs = 0;  // int8/token: sums of integers, exact
-        for (int64_t k = w.coded() ? g * w.group : 0; k < (w.coded() ? std::min(w.cols, (g + 1) * w.group) : w.cols); ++k) {
-          const auto rk = static_cast<size_t>(r * w.cols + k);
-          if (input == Input::int8_token) {
-            exact += static_cast<double>(a.code[rk]) * q[static_cast<size_t>(k)];
-            inputs += q[static_cast<size_t>(k)];
-            continue;
-          }
-          const double v = input == Input::bf16 ? gsm::round_to_bf16(xm[k]) : xm[k];
-          if (!w.coded()) {
-            y += a.value[rk] * v;
-            size += std::fabs(a.value[rk] * v);
-            flushed += std::fabs(a.value[rk]) + 1;
-          } else {
-            const double s = a.scale[rg], low = a.minimum[rg];
-            y += (s * a.code[rk] - low) * v;
-            const double weight = std::fabs(s) * (std::fabs(static_cast<double>(a.raw[rk])) + std::fabs(a.point[rg])) + std::fabs(low);
-            size += weight * std::fabs(v);
-            flushed += weight + std::fabs(s);
-          }
-          ++terms;
-        }
-        if (input == Input::int8_token) {
-          const double s = a.scale[rg] * static_cast<double>(input_scale), low = a.minimum[rg] * static_cast<double>(input_scale);
-          y += s * exact - low * inputs;
-          size += std::fabs(s * exact) + std::fabs(low * inputs);
-          terms += 2;
-        }
-      }
-      out.y.push_back(usable ? y : std::nan(""));
-      // The last summand: a float32 result that is itself subnormal has 2^-149 as its unit.
-      out.error.push_back(terms * 0x1p-23 * size + (input == Input::bf16 ? flushed * 0x1p-126 : 0) + terms * 0x1p-149);
-    }
-  }
-  return out;
-}
-
-// ---------------------------------------------------------------- cases
-
-constexpr int64_t kTokens = 17;
-
-// Tokens of ordinary size with one large value each, and the extremes among them.
+// Ordinary tokens with one large value each, and the extremes among them.
 Block<float> inputs(int64_t tokens, int64_t cols, check::Random& random) {
   Block<float> x(tokens * cols);
   for (int64_t i = 0; i < x.size(); ++i) x[i] = random.uniform(-2, 2);
@@ -226,185 +166,348 @@ Block<float> inputs(int64_t tokens, int64_t cols, check::Random& random) {
     if (m % 17 == 5) std::fill_n(row, cols, 0.0f);
     if (m % 17 == 6) row[random.below(cols)] = HUGE_VALF;
     if (m % 17 == 7) row[random.below(cols)] = std::nanf("");
-    if (m % 17 == 10) for (int64_t k = 0; k < cols; ++k) row[k] *= 1e-40f;
-    if (m % 17 == 11) for (int64_t k = 0; k < cols; ++k) row[k] *= 1e28f;
+    if (m % 17 == 10)
+      for (int64_t k = 0; k < cols; ++k) row[k] *= 1e-40f;
+    if (m % 17 == 11)
+      for (int64_t k = 0; k < cols; ++k) row[k] *= 1e26f;
   }
   return x;
 }
 
-Block<float> run(const Matrix& a, const Block<float>& x, int64_t tokens, Input input) {
-  const Block<float> head = x.copy(0, tokens * a.w.cols);
-  Block<float> y(tokens * a.w.rows);
-  y.fill(-77.0f);  // a value that was never written shows
-  const gsm::Weight* const weight = &a.w;
-  float* const out = y.data();
-  check::fresh([&] { gsm::linear(head.data(), tokens, &weight, &out, 1, input); });
-  return y;
+const InputFormat kInputs[] = {{Rounding::f32},       {Rounding::bf16},          {Rounding::int8},
+                               {Rounding::int8, 32},  {Rounding::int4, 16},      {Rounding::uint4, 48},
+                               {Rounding::uint8, 0},  {Rounding::e4m3, 32},      {Rounding::int8, 0, 0.02f},
+                               {Rounding::int8, 0, 0, 5}, {Rounding::uint4, 16, 0, 3}};
+
+// How far rounding moves an element, in units of the token's largest.
+double rounding_error(const InputFormat& in) {
+  switch (in.rounding) {
+    case Rounding::f32: return 0;
+    case Rounding::bf16: return 0x1p-8;
+    case Rounding::int8: return 0.5 / 127 + 1e-6;
+    case Rounding::int4: return 0.5 / 7 + 1e-6;
+    case Rounding::uint4: return 2.0 / 15 + 1e-6;  // a range of both signs, and a rounded zero point
+    case Rounding::uint8: return 2.0 / 255 + 1e-6;
+    default: return 1.0 / 16;
+  }
 }
 
-bool within(const Block<float>& y, const Reference& want) {
-  for (int64_t i = 0; i < y.size(); ++i) {
-    const double expected = want.y[static_cast<size_t>(i)], error = want.error[static_cast<size_t>(i)];
-    if (std::isnan(expected) ? std::isfinite(y[i]) : !(std::fabs(y[i] - expected) <= error)) return false;
+// Every output is near the double reference: input rounding, and a float32 sum of cols + 64 terms, doubled; a two-byte
+// table is rounded to 2^-16 of its largest. Codes and offsets may cancel, so that terms are as large as both.
+bool near(const Matrix& a, const Block<float>& x, const Block<float>& y, int64_t tokens, const InputFormat& in) {
+  const gsm::Weight& w = a.w;
+  float top = 0;
+  for (int c = 0; w.coded() && !w.table_per_row && c < 1 << w.bits; ++c)
+    if (w.value(c) == w.value(c)) top = std::max(top, std::fabs(w.value(c)));
+  if (w.has_offset()) top = 256;
+  std::vector<float> row(static_cast<size_t>(w.cols));
+  for (int64_t r = 0; r < w.rows; ++r) {
+    for (int64_t k = 0; k < w.cols; ++k) row[static_cast<size_t>(k)] = gsm::decode_element(w, r, k);
+    for (int64_t m = 0; m < tokens; ++m) {
+      double sum = 0, size = 0, largest = 0, weights = 0;
+      bool sound = true;
+      for (int64_t k = 0; k < w.cols; ++k) {
+        const double v = x[m * w.cols + k], s = row[static_cast<size_t>(k)];
+        const int64_t g = w.group ? k / w.group : 0;
+        double whole = std::fabs(s);
+        if (w.coded()) {
+          whole += std::fabs(static_cast<double>(gsm::scale_at(w.scales, w, r, g))) * top;
+          if (w.mins.kind != ScaleKind::none) whole += std::fabs(static_cast<double>(gsm::scale_at(w.mins, w, r, g)));
+        }
+        sound = sound && std::isfinite(v) && std::isfinite(s);
+        sum += v * s;
+        size += std::fabs(v) * whole;
+        weights += whole;
+        largest = std::max(largest, std::fabs(v));
+      }
+      const float got = y[m * w.rows + r];
+      if (!sound) {
+        if (std::isfinite(got)) return false;
+        continue;
+      }
+      if (in.fixed > 0 && largest > 127 * in.fixed) continue;  // cut off
+      double slack = (static_cast<double>(w.cols) + 64) * 0x1p-22 * (size + largest * weights) + weights * 1e-37 + 1e-37;
+      slack += weights * (largest * rounding_error(in) + in.fixed);
+      if (w.byte_parts == 2) slack += weights * largest * 0x1p-15;
+      if (!(std::fabs(got - sum) <= slack)) return false;
+    }
   }
   return true;
 }
 
-// At every level: near the reference; a token's bits are the same in a smaller call and with more threads.
-void multiply(const Matrix& a, Input input, int64_t tokens, const std::vector<int>& threads, check::Random& random) {
-  if (gsm::refuse(a.w, input)) return;
+// ---------------------------------------------------------------- calls
+
+struct Call {
+  gsm::LinearSpec spec;
+  std::vector<int64_t> rows;  // of each output
+};
+
+// Runs on arrays of exactly this many tokens, on a thread of its own: outputs one after the other.
+std::vector<Block<float>> run(const Call& call, const Block<float>& x, int64_t tokens) {
+  const Block<float> head = x.copy(0, tokens * call.spec.cols);
+  std::vector<Block<float>> outs;
+  for (int64_t rows : call.rows) {
+    outs.emplace_back(tokens * rows);
+    outs.back().fill(-77.0f);  // what was never written shows
+  }
+  gsm::LinearSpec spec = call.spec;
+  spec.x = head.data();
+  for (gsm::LinearSite& site : spec.sites)
+    for (size_t i = 0; i < outs.size(); ++i)
+      if (site.out == nullptr && site.ld == call.rows[i]) site.out = outs[i].data();
+  // Parts that read another array read this one, cut to the tokens at hand.
+  std::deque<Block<float>> extras;
+  for (gsm::LinearSite& site : spec.sites)
+    for (gsm::LinearPart& part : site.parts)
+      if (part.source.x) {
+        extras.emplace_back(tokens * part.source.cols);
+        std::copy_n(part.source.x, extras.back().size(), extras.back().data());
+        part.source.x = extras.back().data();
+      }
+  check::fresh([&] {
+    const auto op = gsm::linear_op(std::move(spec));
+    gsm::run_now(*op, tokens);
+  });
+  return outs;
+}
+
+Call call_of(const Matrix& a, const InputFormat& in) {
+  Call call;
+  call.spec.cols = a.w.cols;
+  gsm::LinearSite site;
+  site.parts.push_back({&a.w, nullptr, {nullptr, a.w.cols, {}}, in});
+  site.ld = a.w.rows;
+  call.spec.sites.push_back(site);
+  call.rows = {a.w.rows};
+  return call;
+}
+
+bool same(const std::vector<Block<float>>& part, const std::vector<Block<float>>& whole) {
+  for (size_t i = 0; i < part.size(); ++i)
+    if (!check::same(part[i], whole[i])) return false;
+  return true;
+}
+
+void in_every_batch(const Call& call, const Block<float>& x, int64_t tokens, const std::vector<Block<float>>& whole,
+                    const std::vector<int>& threads, const std::string& name) {
+  for (int n : threads) {
+    gsm::set_team_threads(n);
+    for (int64_t fewer : {int64_t{1}, int64_t{2}, int64_t{3}, int64_t{4}, int64_t{17}, tokens})
+      if (fewer <= tokens && (n > 1 || fewer < tokens))
+        check::expect(same(run(call, x, fewer), whole), [&] {
+          return name + ": " + std::to_string(fewer) + " tokens on " + std::to_string(n) + " threads differ";
+        });
+  }
+  gsm::set_team_threads(1);
+}
+
+void multiply(const Matrix& a, const InputFormat& in, int64_t tokens, const std::vector<int>& threads, check::Random& random) {
   const Block<float> x = inputs(tokens, a.w.cols, random);
-  const Reference want = reference(a, x, tokens, input);
+  const Call call = call_of(a, in);
   for (gsm::Level level : gsm::supported_levels()) {
     gsm::set_level(gsm::level_name(level));
     gsm::set_team_threads(1);
-    const auto what = [&] { return "linear " + name(a.shape) + " @ " + name(input) + " " + gsm::level_name(level); };
-    const Block<float> y = run(a, x, tokens, input);
-    check::expect(within(y, want), [&] { return what() + " differs from the reference"; });
-    for (int64_t fewer : {int64_t{1}, int64_t{3}, int64_t{9}})
-      if (fewer < tokens)
-        check::expect(check::same(run(a, x, fewer, input), y),
-                      [&] { return what() + " depends on the number of tokens: " + std::to_string(fewer); });
-    for (int n : threads) {
-      gsm::set_team_threads(n);
-      check::expect(check::same(run(a, x, tokens, input), y),
-                    [&] { return what() + " depends on the number of threads: " + std::to_string(n); });
+    const std::string name = a.name + " @ " + std::to_string(static_cast<int>(in.rounding)) + "/" + std::to_string(in.group) +
+                             " " + gsm::level_name(level);
+    const std::vector<Block<float>> y = run(call, x, tokens);
+    check::expect(near(a, x, y[0], tokens, in), [&] { return name + " is far from the reference"; });
+    in_every_batch(call, x, tokens, y, threads, name);
+  }
+}
+
+void look_up(const Matrix& a, int64_t n, check::Random& random) {
+  Block<int64_t> ids(n);
+  for (int64_t j = 0; j < n; ++j) ids[j] = j < a.w.rows ? a.w.rows - 1 - j : random.below(a.w.rows);
+  Block<float> out(n * a.w.cols);
+  check::fresh([&] { gsm::decode_rows(a.w, ids.data(), n, out.data()); });
+  bool ok = true;
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t k = 0; k < a.w.cols; ++k)
+      ok = ok && check::same(out[j * a.w.cols + k], gsm::decode_element(a.w, ids[j], k));
+  check::expect(ok, [&] { return a.name + " decoded"; });
+}
+
+// ---------------------------------------------------------------- cases
+
+void odd_shapes() {
+  check::Random random(1);
+  int turn = 0;
+  for (const Kind& kind : kinds())
+    for (int64_t rows : {1, 16, 17, 70})
+      for (int64_t cols : {1, 8, 24, 33, 100}) {
+        const Matrix a(kind, rows, cols, random);
+        look_up(a, rows + 3, random);
+        // Two input formats a shape, in turn; token counts that take every tile.
+        for (int i = 0; i < 2; ++i, ++turn) multiply(a, kInputs[turn % 11], turn % 3 ? 5 : kTokens, {1}, random);
+      }
+}
+
+// Several panels in one go, and what is left over of them.
+void tall() {
+  check::Random random(6);
+  int turn = 0;
+  for (const Kind& kind : kinds()) {
+    const Matrix a(kind, 613, 24, random);
+    multiply(a, kInputs[turn++ % 11], 3, {1, 2}, random);
+  }
+}
+
+// Chunks end inside of rows, at segments that are cut and at ones that are not.
+void long_rows() {
+  check::Random random(2);
+  int turn = 0;
+  for (const Kind& kind : kinds())
+    for (int64_t cols : {1100, 2500}) {
+      const Matrix a(kind, 17, cols, random);
+      multiply(a, kInputs[turn++ % 11], 5, {1}, random);
+    }
+  const Matrix odd({gsm::Number::coded, 4, 1, 8, Table::none, 1040, 1, ScaleKind::f32}, 33, 2500, random);
+  const Matrix longest({gsm::Number::coded, 8, 1, 128, Table::none, 65552, 1, ScaleKind::f32}, 1, 131120, random);
+  for (const InputFormat& in : kInputs) multiply(odd, in, 5, {1}, random);
+  multiply(longest, kInputs[2], 2, {1}, random);
+}
+
+// Codes and inputs at their largest over a whole segment: 32-bit sums must not overflow.
+void longest_sums() {
+  for (float zero : {128.0f, 0.0f}) {
+    const int64_t cols = 65536;
+    check::Random random(3);
+    Matrix a({gsm::Number::coded, 8, 1, zero, Table::none, 0, 1, ScaleKind::f32}, 1, cols, random);
+    Block<uint8_t> codes(gsm::array_bytes(a.w).q8);
+    for (int code : {0, 255}) {
+      codes.fill(static_cast<uint8_t>(code));
+      a.w.q8 = codes.data();
+      Block<float> x(cols);
+      for (float value : {1.0f, -1.0f}) {
+        x.fill(value);
+        for (gsm::Level level : gsm::supported_levels()) {
+          gsm::set_level(gsm::level_name(level));
+          check::expect(near(a, x, run(call_of(a, kInputs[2]), x, 1)[0], 1, kInputs[2]), [] { return "the longest sum"; });
+        }
+      }
     }
   }
 }
 
-// The definition: s * (c - z), or s * c - m, in float32; exact at every level because it is compiled once.
-void look_up(const Matrix& a, int64_t n, check::Random& random) {
-  const gsm::Weight& w = a.w;
-  Block<int64_t> ids(n);
-  for (int64_t j = 0; j < n; ++j) ids[j] = j < w.rows ? w.rows - 1 - j : random.below(w.rows);
-  Block<float> out(n * w.cols);
-  check::fresh([&] { gsm::decode_rows(w, ids.data(), n, out.data()); });
-  bool ok = true;
-  for (int64_t j = 0; j < n; ++j)
-    for (int64_t k = 0; k < w.cols; ++k) {
-      const auto rk = static_cast<size_t>(ids[j] * w.cols + k);
-      float want;
-      if (w.coded()) {
-        const auto rg = static_cast<size_t>(ids[j] * w.groups() + k / w.group);
-        const float product = a.scale[rg] * static_cast<float>(a.code[rk]);
-        const bool minimum = w.offset == Offset::min_f16 || w.offset == Offset::min_f32 || w.offset == Offset::min_bf16;
-        want = minimum ? product - a.minimum[rg] : product;
-      } else {
-        want = a.value[rk];
-      }
-      ok = ok && check::same(out[j * w.cols + k], want);
+struct Sparse {
+  gsm::Mask m;
+  Block<uint32_t> starts;
+  Block<uint8_t> index, values;
+  Sparse(int64_t rows, int64_t cols, ScaleKind kind, int index_bytes, check::Random& random) {
+    const int64_t panels = (rows + 15) / 16;
+    starts = Block<uint32_t>(panels + 1);
+    for (int64_t p = 0; p < panels; ++p) starts[p + 1] = starts[p] + static_cast<uint32_t>(random.below(4));
+    const int64_t n = 16 * static_cast<int64_t>(starts[panels]);
+    const int64_t size = kind == ScaleKind::f32 ? 4 : kind == ScaleKind::none ? 1 : 2;
+    index = Block<uint8_t>(n * index_bytes);
+    values = Block<uint8_t>(n * size);
+    for (int64_t p = 0, i = 0; p < panels; ++p)
+      for (uint32_t s = starts[p]; s < starts[p + 1]; ++s)
+        for (int64_t r = 0; r < 16; ++r, ++i) {
+          const bool empty = 16 * p + r >= rows || random.below(3) == 0;
+          const uint32_t c = empty ? 0xFFFFFFFFu : static_cast<uint32_t>(random.below(cols));
+          std::copy_n(reinterpret_cast<const uint8_t*>(&c), index_bytes, index.data() + i * index_bytes);
+          const float v = random.uniform(-1, 1);
+          const uint16_t half = kind == ScaleKind::f16 ? gsm::to_f16(v).bits : gsm::to_bf16(v).bits;
+          const auto byte = static_cast<uint8_t>(random.bits());
+          const void* from = size == 4 ? static_cast<const void*>(&v) : size == 2 ? static_cast<const void*>(&half) : &byte;
+          std::copy_n(static_cast<const uint8_t*>(from), size, values.data() + i * size);
+        }
+    m.rows = rows;
+    m.cols = cols;
+    m.starts = starts.data();
+    m.index = index.data();
+    m.values = values.data();
+    m.index_bytes = index_bytes;
+    m.kind = kind;
+    m.scale = 0.01f;
+  }
+};
+
+// Sites of several parts with transforms, further inputs and scattered rows; norm, bias, addition and gate.
+void sites(const std::vector<int>& threads) {
+  check::Random random(4);
+  const int64_t cols = 96, rows = 70, rank = 6;
+  using N = gsm::Number;
+  const Matrix whole({N::coded, 4, 1, 8, Table::none, 32}, rows, cols, random), thin({N::f16}, rows, rank, random);
+  const Matrix some({N::coded, 3, 1, 4, Table::none, 16}, rows, 40, random);
+  const Matrix first({N::coded, 8, 1, 128, Table::none, 0, 1, ScaleKind::f32}, 20, cols, random);
+  const Matrix rest({N::bf16}, rows - 20, cols, random), other({N::coded, 4, 1, 0, Table::real, 32}, rows + 1, cols, random);
+  const Sparse halves(rows, cols, ScaleKind::f16, 2, random), bytes(rows, cols, ScaleKind::none, 4, random);
+  Block<uint32_t> wide(500), narrow(40), order(rows);
+  for (int64_t i = 0; i < wide.size(); ++i) wide[i] = static_cast<uint32_t>(random.below(cols));
+  for (int64_t i = 0; i < narrow.size(); ++i) narrow[i] = static_cast<uint32_t>(random.below(500));
+  for (int64_t i = 0; i < rows; ++i) order[i] = static_cast<uint32_t>(i * 13 % rows);
+  Block<uint32_t> head = order.copy(0, 20), tail = order.copy(20, rows - 20);
+  Block<float> factors(cols), signs(cols), gain(cols), bias(rows), between(kTokens * rank);
+  for (int64_t i = 0; i < cols; ++i) factors[i] = random.uniform(0.5f, 2), gain[i] = random.uniform(0, 2);
+  for (int64_t i = 0; i < cols; ++i) signs[i] = random.below(2) ? 1.0f : -1.0f;
+  for (int64_t i = 0; i < rows; ++i) bias[i] = random.uniform(-1, 1);
+  for (int64_t i = 0; i < between.size(); ++i) between[i] = random.uniform(-1, 1);
+  const gsm::Transform gather_wide{gsm::Transform::gather, wide.data(), 500};
+  const gsm::Transform gather_narrow{gsm::Transform::gather, narrow.data(), 40};
+  const gsm::Transform multiply_by{gsm::Transform::multiply, nullptr, 0, factors.data()};
+  const gsm::Transform rotate{gsm::Transform::hadamard, nullptr, 0, signs.data(), 32};
+  const gsm::Transform rotate_all{gsm::Transform::hadamard, nullptr, 0, nullptr, 48};
+  const InputFormat token{Rounding::int8}, plain{Rounding::bf16};
+
+  gsm::LinearSite sum;
+  sum.parts.push_back({&whole.w, nullptr, {nullptr, cols, {multiply_by, rotate}}, token});
+  sum.parts.push_back({&thin.w, nullptr, {between.data(), rank, {}}, plain});
+  sum.parts.push_back({nullptr, &halves.m, {nullptr, cols, {}}, token});
+  sum.parts.push_back({&some.w, nullptr, {nullptr, cols, {gather_wide, gather_narrow}}, {Rounding::int4, 16, 0, 1.5f}});
+  sum.parts.push_back({nullptr, &bytes.m, {nullptr, cols, {rotate_all}}, {Rounding::f32}});
+  sum.bias = bias.data();
+  sum.ld = rows;
+  gsm::LinearSite upper, lower;
+  upper.parts.push_back({&first.w, nullptr, {nullptr, cols, {rotate}}, token});
+  upper.index = head.data();
+  lower.parts.push_back({&rest.w, nullptr, {nullptr, cols, {}}, plain});
+  lower.index = tail.data();
+  upper.bias = lower.bias = bias.data();
+  upper.ld = lower.ld = rows;
+  gsm::LinearSite shared;  // a third output, whose leading dimension tells it apart
+  shared.parts.push_back({&other.w, nullptr, {nullptr, cols, {}}, token});
+  shared.ld = rows + 1;
+
+  std::vector<std::pair<std::string, Call>> calls(4);
+  calls[0].first = "a site of parts";
+  calls[0].second = {{nullptr, cols, nullptr, 0, {sum}, gsm::Epilogue::store}, {rows}};
+  calls[1].first = "two blocks of rows beside another site, normalised";
+  calls[1].second = {{nullptr, cols, gain.data(), 1e-5f, {upper, lower, shared}, gsm::Epilogue::store}, {rows, rows + 1}};
+  calls[2].first = "an addition";
+  calls[2].second = {{nullptr, cols, nullptr, 0, {upper, lower, shared}, gsm::Epilogue::add}, {rows, rows + 1}};
+  calls[3].first = "a gate";
+  gsm::LinearSite gate = sum, up;
+  up.parts.push_back({&whole.w, nullptr, {nullptr, cols, {}}, plain});
+  up.ld = rows;
+  calls[3].second = {{nullptr, cols, gain.data(), 1e-5f, {gate, up}, gsm::Epilogue::silu}, {rows}};
+  const Block<float> x = inputs(kTokens, cols, random);
+  for (gsm::Level level : gsm::supported_levels()) {
+    gsm::set_level(gsm::level_name(level));
+    for (const auto& [name, call] : calls) {
+      gsm::set_team_threads(1);
+      const std::vector<Block<float>> whole_batch = run(call, x, kTokens);
+      bool written = true;
+      for (const Block<float>& y : whole_batch)
+        for (int64_t i = 0; i < y.size(); ++i) written = written && (y[i] != -77.0f || call.spec.epilogue == gsm::Epilogue::add);
+      check::expect(written, [&] { return name + " leaves outputs out"; });
+      in_every_batch(call, x, kTokens, whole_batch, threads, name + " " + gsm::level_name(level));
     }
-  check::expect(ok, [&] { return "decode_rows " + name(a.shape); });
-}
-
-constexpr Input kInputs[] = {Input::f32, Input::bf16, Input::int8_token};
-
-std::vector<Shape> kinds(int64_t rows, int64_t cols, const std::vector<int64_t>& groups) {
-  std::vector<Shape> all;
-  for (Code code : {Code::f32, Code::f16, Code::bf16}) all.push_back({code, Scale::none, Offset::symmetric, 0, rows, cols});
-  int turn = 0;  // the three scale types take turns
-  for (Code code : {Code::u8, Code::u5, Code::u4})
-    for (Offset offset : {Offset::symmetric, Offset::zero_u4, Offset::zero_u8, Offset::min_f16, Offset::min_f32, Offset::min_bf16})
-      for (int64_t group : groups) {
-        const Scale scale = turn % 3 == 0 ? Scale::f16 : turn % 3 == 1 ? Scale::f32 : Scale::bf16;
-        all.push_back({code, scale, offset, group, rows, cols});
-        ++turn;
-      }
-  return all;
-}
-
-int64_t row_group(int64_t cols) { return (cols + 7) / 8 * 8; }
-
-void odd_shapes() {
-  check::Random random(1);
-  for (int64_t rows : {1, 15, 16, 17, 40})
-    for (int64_t cols : {1, 7, 8, 9, 31, 33, 100})
-      for (const Shape& shape : kinds(rows, cols, {8, 32, row_group(cols)})) {
-        const Matrix a(shape, random);
-        for (Input input : kInputs) multiply(a, input, kTokens, {2}, random);
-        look_up(a, rows + 3, random);
-      }
-  for (Fill fill : {Fill::zero, Fill::top})
-    for (const Shape& shape : kinds(17, 33, {8, 64})) {
-      const Matrix a(shape, random, fill);
-      for (Input input : kInputs) multiply(a, input, kTokens, {2}, random);
-      look_up(a, 20, random);
-    }
+  }
 }
 
 // Large enough for the team to be woken, with more threads than panels at the end.
 void teams() {
-  check::Random random(2);
-  for (const Shape& shape : kinds(70, 257, {32, row_group(257)})) {
-    const Matrix a(shape, random);
-    for (Input input : kInputs)
-      for (int64_t tokens : {4, 20}) multiply(a, input, tokens, {2, 3, 7}, random);
+  check::Random random(5);
+  const std::vector<Kind> all = kinds();
+  for (size_t i = 0; i < all.size(); i += 3) {
+    const Matrix a(all[i], 70, 600, random);
+    for (size_t k = 0; k < 2; ++k) multiply(a, kInputs[(i + 5 * k) % 11], kTokens, {2, 3, 7}, random);
     gsm::set_team_threads(2);
     look_up(a, 300, random);
   }
-}
-
-// Weights of different kinds that share one input give the bits they give alone.
-void shared_input() {
-  check::Random random(3);
-  for (int64_t cols : {33, 257})
-    for (Input input : kInputs) {
-      std::vector<Matrix> parts;
-      for (const Shape& shape : kinds(40, cols, {8, 32, row_group(cols)})) {
-        Matrix a({shape.code, shape.scale, shape.offset, shape.group, 1 + random.below(40), cols}, random);
-        if (!gsm::refuse(a.w, input)) parts.push_back(std::move(a));
-      }
-      const Block<float> x = inputs(kTokens, cols, random);
-      std::vector<const gsm::Weight*> weights;
-      std::vector<Block<float>> outs;
-      std::vector<float*> pointers;
-      for (const Matrix& a : parts) {
-        weights.push_back(&a.w);
-        outs.emplace_back(kTokens * a.w.rows);
-        pointers.push_back(outs.back().data());
-      }
-      for (gsm::Level level : gsm::supported_levels())
-        for (int threads : {1, 2}) {
-          gsm::set_level(gsm::level_name(level));
-          gsm::set_team_threads(threads);
-          check::fresh([&] {
-            gsm::linear(x.data(), kTokens, weights.data(), pointers.data(), static_cast<int>(parts.size()), input);
-          });
-          for (size_t i = 0; i < parts.size(); ++i)
-            check::expect(check::same(run(parts[i], x, kTokens, input), outs[i]), [&] {
-              return "linear of several weights: " + name(parts[i].shape) + " @ " + name(input) + " " + gsm::level_name(level);
-            });
-        }
-    }
-}
-
-// The longest group an int8 input takes, at the largest codes: the 32-bit sums must not overflow.
-void longest_group() {
-  check::Random random(4);
-  const int64_t cols = gsm::kMaxIntegerGroup;
-  for (Offset offset : {Offset::symmetric, Offset::zero_u8, Offset::min_f32})
-    for (Fill fill : {Fill::zero, Fill::top, Fill::random}) {
-      const Matrix a({Code::u8, Scale::f32, offset, cols, 2, cols}, random, fill);
-      Block<float> x(cols);
-      for (float value : {1.0f, -1.0f}) {
-        x.fill(value);
-        const Reference want = reference(a, x, 1, Input::int8_token);
-        for (gsm::Level level : gsm::supported_levels()) {
-          gsm::set_level(gsm::level_name(level));
-          check::expect(within(run(a, x, 1, Input::int8_token), want),
-                        [&] { return "longest group " + name(a.shape) + " " + gsm::level_name(level); });
-        }
-      }
-    }
-  gsm::Weight w;
-  w.code = Code::u8;
-  w.rows = 1;
-  w.cols = w.group = cols + 8;
-  w.scale = Scale::f32;
-  check::expect(gsm::refuse(w, Input::int8_token) && !gsm::refuse(w, Input::f32), [] { return "a longer group is refused"; });
-  w.code = Code::f16;
-  check::expect(gsm::refuse(w, Input::int8_token) != nullptr, [] { return "int8 inputs need integer codes"; });
+  sites({1, 2, 5});
 }
 
 }  // namespace
@@ -413,6 +516,7 @@ void linear_cases(bool team_only) {
   teams();
   if (team_only) return;
   odd_shapes();
-  shared_input();
-  longest_group();
+  tall();
+  long_rows();
+  longest_sums();
 }

@@ -268,6 +268,23 @@ def test_rows_of_several_chunks_have_the_same_bits_in_every_batch(level):
                         assert run(s, x[:n]).tobytes() == whole[:n].tobytes(), (text, rows, str(given), n, threads)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_tall_matrices_have_the_same_bits_in_every_batch(level):
+    """Many panels in one go for few tokens, and what is left over of four, two and one at once."""
+    kernels.set_isa(level)
+    for fmt in KINDS:
+        matrix, x = Matrix(fmt, 917, 48), inputs(17, 48)
+        weight, bias = make(matrix.packed), inputs(1, 917)[0]
+        for given in SOME[:4]:
+            s = site(weight, given, bias)
+            kernels.set_threads(1)
+            whole = run(s, x)
+            for threads in (1, 2, 5):
+                kernels.set_threads(threads)
+                for n in (1, 2, 3, 4):
+                    assert run(s, x[:n]).tobytes() == whole[:n].tobytes(), (str(fmt), str(given), n, threads)
+
+
 def test_rows_of_a_matrix_do_not_depend_on_their_neighbours():
     """A row has the same bits in a matrix of any height."""
     x = inputs(4, 100)
