@@ -151,8 +151,8 @@ def linear(
     ``gain`` [cols]: x is first normalised as ``rmsnorm`` does. ``epilogue``: "store"; "add" (outs[i] += ...); or
     "silu", "gelu", "gelu_tanh" with two sites of one block each and one output: act(first) * second. ``extras[i]``,
     [M, n] each, are the further inputs of site i; an empty list where no site has any. ``outs`` may be ``x``. Parts
-    are added in float32 in their order, then the bias. A NaN or an infinity in a token makes that token's results NaN or infinite
-    and touches no other: docs/formats.md.
+    are added in float32 in their order, then the bias. A NaN or an infinity in a token makes that token's results NaN
+    or infinite and touches no other: docs/formats.md.
     """
 
 def embed(weight: Weight, ids: _I32, out: _F32) -> None:

@@ -19,6 +19,7 @@ from gossamer.compress.write import compress
 from gossamer.engine.llm import chooser
 from gossamer.errors import CheckpointError, FormatError, GossamerError, UnsupportedError
 from gossamer.formats import parse
+from gossamer.formats.node import ROWS_PER_STEP
 from gossamer.models.checkpoint import Checkpoint, open_checkpoint
 from gossamer.models.load import Loaded, load, plan
 from gossamer.models.topology import Site
@@ -153,7 +154,8 @@ def test_the_real_gemma_runs_as_it_is(gemma3_gguf: Path) -> None:
 def test_loading_needs_little_more_than_the_model(
     model: str, expression: str | None, request: pytest.FixtureRequest
 ) -> None:
-    """Below the final size and the largest layer. The mapped file is not counted: its pages are the system's."""
+    """Beside the region of the final size, the largest layer and a few blocks of 512 rows in float32. The region and the
+    mapped file are not traced: they are the system's pages."""
     checkpoint = open_checkpoint(request.getfixturevalue(model))
     tracemalloc.start()
     try:
@@ -164,8 +166,10 @@ def test_loading_needs_little_more_than_the_model(
     layers: dict[int | None, int] = {}
     for site in loaded.topology.sites:
         layers[site.layer] = layers.get(site.layer, 0) + loaded.packed[site.name].nbytes
-    assert loaded.data_bytes < kept < 1.01 * loaded.data_bytes + 1e6
-    assert peak < loaded.data_bytes + max(layers.values())
+    beside = loaded.topology.vector_bytes + 0.01 * loaded.data_bytes + 1e6
+    assert kept < beside
+    rows = 4 * ROWS_PER_STEP * max(site.cols for site in loaded.topology.sites)
+    assert peak < beside + max(layers.values()) + 4 * rows
 
 
 @pytest.mark.parametrize("expression", ["int4/g32 + mask(1%: f16)", "cols(16: bf16, int4/row)"])
@@ -181,7 +185,8 @@ def test_formats_of_parts_need_one_matrix_in_float32(expression: str, smollm2_gg
     finally:
         tracemalloc.stop()
     largest = max(4 * s.rows * s.cols for s in loaded.topology.sites if s.role != "embed")
-    assert loaded.data_bytes < kept < 1.01 * loaded.data_bytes + 2e6
+    # A mask's arrays may be longer than was planned, and then stay outside of the region.
+    assert kept < loaded.topology.vector_bytes + 0.3 * loaded.data_bytes + 2e6
     assert peak < loaded.data_bytes + 8 * largest
     assert not loaded.unfused
 
