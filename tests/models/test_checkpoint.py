@@ -154,8 +154,8 @@ def test_the_real_gemma_runs_as_it_is(gemma3_gguf: Path) -> None:
 def test_loading_needs_little_more_than_the_model(
     model: str, expression: str | None, request: pytest.FixtureRequest
 ) -> None:
-    """Beside the region of the final size, the largest layer and a few blocks of 512 rows in float32. The region and the
-    mapped file are not traced: they are the system's pages."""
+    """Beside the region of the final size: the largest layer, and a few blocks of 512 rows in float32. The region and
+    the mapped file are not traced: they are pages of the system."""
     checkpoint = open_checkpoint(request.getfixturevalue(model))
     tracemalloc.start()
     try:
