@@ -227,7 +227,7 @@ def test_correspondence_to_gguf():
     for kind, block, bits, expression, native in rows:
         _, elements, nbytes = TYPES[kind]
         assert int(block) == elements
-        assert float(bits) == 8 * nbytes / elements == bits_per_weight(parse_weight(expression), 64, 4096)
+        assert float(bits) == 8 * nbytes / elements == bits_per_weight(parse_weight(expression), 64, 512)
         assert str(parse(native).weight) == expression
 
 

@@ -186,6 +186,7 @@ struct PackedMask {
 
   PackedMask(int64_t rows, int64_t cols, nb::handle starts_, Bytes index, const std::string& kind, Bytes values, double scale) {
     check_shape(rows, cols);
+    if (cols > (int64_t{1} << 27)) refuse("a mask has at most 2^27 columns");  // times the tokens of a tile: 32 bits
     m.rows = rows;
     m.cols = cols;
     m.kind = kind == "int8" ? gsm::ScaleKind::none : pick(kKinds, "number", kind);

@@ -11,13 +11,21 @@ namespace GSM_LEVEL {
 namespace {
 
 inline f32x16 exponent_bytes(const uint8_t* p) {  // e8m0
+#if defined(__AVX512F__)
+  const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  __m512i bits = _mm512_slli_epi32(b, 23);
+  // 2^-127 is subnormal: its bits are not an exponent alone. 255 is NaN.
+  bits = _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(b, b), _mm512_set1_epi32(0x00400000));
+  bits = _mm512_mask_mov_epi32(bits, _mm512_cmpeq_epi32_mask(b, _mm512_set1_epi32(255)), _mm512_set1_epi32(0x7FC00000));
+  return {_mm512_castsi512_ps(bits)};
+#else
   float v[16];
   for (int r = 0; r < 16; ++r) {
-    // 2^-127 is subnormal: its bits are not an exponent alone.
     const uint32_t bits = p[r] == 255 ? 0x7FC00000u : p[r] ? static_cast<uint32_t>(p[r]) << 23 : 0x00400000u;
     std::memcpy(&v[r], &bits, 4);
   }
   return load(v);
+#endif
 }
 
 inline float e4m3_value(uint8_t b) {
@@ -197,13 +205,15 @@ void expand_bf16(const Weight& w, int64_t panel, int64_t first, int64_t last, ui
 
 namespace {
 
-// One 16-bit or 32-bit scale a segment and nothing else: the usual case, which few tokens feel.
-template <class T> void plain_scales(const T* from, int64_t n, int64_t ahead, float factor, float* to) {
+// A scale a segment and nothing else: the usual case, which few tokens feel.
+template <class T, class Read>
+void plain_scales(const uint8_t* values, int64_t at, int64_t n, int64_t ahead, float factor, float* to, const Read& read) {
+  const T* from = reinterpret_cast<const T*>(values) + at;
   for (int64_t s = 0; s < n; s += 4 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + 16 * s + ahead);
   if (factor == 1.0f)
-    for (int64_t s = 0; s < n; ++s) store(to + 16 * s, load(from + 16 * s));
+    for (int64_t s = 0; s < n; ++s) store(to + 16 * s, read(from + 16 * s));
   else
-    for (int64_t s = 0; s < n; ++s) store(to + 16 * s, load(from + 16 * s) * set1(factor));
+    for (int64_t s = 0; s < n; ++s) store(to + 16 * s, read(from + 16 * s) * set1(factor));
 }
 
 }  // namespace
@@ -214,10 +224,16 @@ void expand_scales(const Weight& w, Values of, int64_t panel, int64_t length, in
     const int64_t at = (panel * w.groups() + first) * 16;
     const float factor = of == Values::bytes ? w.byte_scale : 1.0f;
     ahead *= w.groups() * 16;
+    const auto go = [&]<class T>(const T*, const auto& read) {
+      plain_scales<T>(w.scales.values, at, last - first, ahead, factor, scales, read);
+    };
+    const auto plain = [](const auto* p) { return load(p); };
     switch (w.scales.kind) {
-      case ScaleKind::f32: return plain_scales(reinterpret_cast<const float*>(w.scales.values) + at, last - first, ahead, factor, scales);
-      case ScaleKind::f16: return plain_scales(reinterpret_cast<const f16*>(w.scales.values) + at, last - first, ahead, factor, scales);
-      case ScaleKind::bf16: return plain_scales(reinterpret_cast<const bf16*>(w.scales.values) + at, last - first, ahead, factor, scales);
+      case ScaleKind::f32: return go(static_cast<const float*>(nullptr), plain);
+      case ScaleKind::f16: return go(static_cast<const f16*>(nullptr), plain);
+      case ScaleKind::bf16: return go(static_cast<const bf16*>(nullptr), plain);
+      case ScaleKind::e8m0: return go(static_cast<const uint8_t*>(nullptr), exponent_bytes);
+      case ScaleKind::e4m3: return go(static_cast<const uint8_t*>(nullptr), e4m3_bytes);
       default: break;
     }
   }

@@ -278,33 +278,61 @@ int64_t panel_scratch(int64_t tokens, const PanelPart& part) {
 
 namespace {
 
+// One slot of a mask: the entry of each row, its column or -1.
+struct Slot {
+  float value[16];
+  int32_t column[16];
+};
+
+inline void read_slot(const Mask& m, int64_t slot, Slot& out) {
+  switch (m.kind) {
+    case ScaleKind::f32: store(out.value, load(reinterpret_cast<const float*>(m.values) + 16 * slot)); break;
+    case ScaleKind::f16: store(out.value, load(reinterpret_cast<const f16*>(m.values) + 16 * slot)); break;
+    case ScaleKind::bf16: store(out.value, load(reinterpret_cast<const bf16*>(m.values) + 16 * slot)); break;
+    default:
+      for (int r = 0; r < 16; ++r) out.value[r] = m.scale * static_cast<float>(m.values[16 * slot + r] - 128);
+  }
+  if (m.index_bytes == 2) {
+    const uint8_t* p = m.index + 32 * slot;
+    for (int r = 0; r < 16; ++r) {
+      uint16_t c;
+      std::memcpy(&c, p + 2 * r, 2);
+      out.column[r] = c == 0xFFFF ? -1 : c;
+    }
+  } else {
+    std::memcpy(out.column, m.index + 64 * slot, 64);  // columns are below 2^31, and all ones is -1
+  }
+}
+
+// y [t * stride + 16 lanes] += value * x[column] for the T tokens of a tile; empty lanes stay as they are.
+inline void add_slot(const Slot& s, const float* x, int64_t T, float* y, int64_t stride) {
+#if defined(__AVX512F__)  // a mask has so few columns that column * T fits in 32 bits
+  const __m512i column = _mm512_loadu_si512(s.column);
+  const __mmask16 filled = _mm512_movepi32_mask(column) ^ 0xFFFF;
+  const __m512i at = _mm512_mullo_epi32(column, _mm512_set1_epi32(static_cast<int32_t>(T)));
+  const __m512 value = _mm512_loadu_ps(s.value);
+  for (int64_t t = 0; t < T; ++t) {
+    const __m512 v = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), filled, at, x + t, 4);
+    const __m512 old = _mm512_loadu_ps(y + t * stride);
+    _mm512_storeu_ps(y + t * stride, _mm512_mask3_fmadd_ps(value, v, old, filled));
+  }
+#else
+  for (int64_t t = 0; t < T; ++t)
+    for (int r = 0; r < 16; ++r)
+      if (s.column[r] >= 0) y[t * stride + r] = y[t * stride + r] + s.value[r] * x[s.column[r] * T + t];
+#endif
+}
+
 // Adds the entries of one panel times the inputs: to [t * stride + 16 lanes].
 void mask_panel(const Mask& m, const Form& form, int64_t panel, int64_t tokens, float* to, int64_t stride) {
+  const int64_t tiles = tile_count(tokens);
   for (int64_t slot = m.starts[panel]; slot < m.starts[panel + 1]; ++slot) {
-    float value[16];
-    int64_t column[16];
-    for (int r = 0; r < 16; ++r) {
-      const int64_t at = slot * 16 + r;
-      uint32_t c = 0;
-      std::memcpy(&c, m.index + at * m.index_bytes, static_cast<size_t>(m.index_bytes));
-      column[r] = c == (m.index_bytes == 2 ? 0xFFFFu : 0xFFFFFFFFu) ? int64_t{-1} : int64_t{c};
-      switch (m.kind) {
-        case ScaleKind::f32: std::memcpy(&value[r], m.values + 4 * at, 4); break;
-        case ScaleKind::f16: value[r] = to_f32(reinterpret_cast<const f16*>(m.values)[at]); break;
-        case ScaleKind::bf16: value[r] = to_f32(reinterpret_cast<const bf16*>(m.values)[at]); break;
-        default: value[r] = m.scale * static_cast<float>(m.values[at] - 128);
-      }
-    }
-    for (int64_t i = 0; i < tile_count(tokens); ++i) {
+    Slot s;
+    read_slot(m, slot, s);
+    for (int64_t i = 0; i < tiles; ++i) {
       const Tile tile = tile_at(tokens, i);
-      const int64_t T = tile.end - tile.begin;
       const float* x = reinterpret_cast<const float*>(form.data + tile.begin * form.stride());
-      for (int r = 0; r < 16; ++r)
-        if (column[r] >= 0)
-          for (int64_t t = 0; t < T; ++t) {
-            float& y = to[(tile.begin + t) * stride + r];
-            y = y + value[r] * x[column[r] * T + t];
-          }
+      add_slot(s, x, tile.end - tile.begin, to + tile.begin * stride, stride);
     }
   }
 }
