@@ -314,7 +314,7 @@ inline void add_slot(const Slot& s, const float* x, int64_t T, float* y, int64_t
   for (int64_t t = 0; t < T; ++t) {
     const __m512 v = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), filled, at, x + t, 4);
     const __m512 old = _mm512_loadu_ps(y + t * stride);
-    _mm512_storeu_ps(y + t * stride, _mm512_mask3_fmadd_ps(value, v, old, filled));
+    _mm512_storeu_ps(y + t * stride, _mm512_mask_add_ps(old, filled, old, _mm512_mul_ps(value, v)));
   }
 #else
   for (int64_t t = 0; t < T; ++t)
