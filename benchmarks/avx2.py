@@ -15,7 +15,7 @@ steps = 8 if args.quick else 64
 best = ops.isa()
 if not best.startswith("avx512"):
     raise SystemExit(f"skipped: this machine runs {best}")
-model = shape_model("llama-3.2-1b", args.format, keep=[("embed", "int6/g32")])
+model = shape_model("llama-3.2-1b", args.format, keep=[("embed", "int6/g32 @ int8/g32")])
 runner = Ours(model, "f16", PROMPT, 1, steps)
 
 

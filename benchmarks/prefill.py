@@ -10,9 +10,9 @@ from _common import A8, Layer, claim, layers, models, options
 
 args = options(__doc__, repetitions=5, format=A8)
 CASES = [
-    ("smollm2-135m", [("embed", "int8/g32")], 6.5, "Q4_1"),
-    ("llama-3.2-1b", [("embed", "int6/g32")], 2.5, "Q4_0"),
-    ("llama-3-8b", [("embed", "int6/g32"), ("head", "int6/g32")], 2.5, "Q4_0"),
+    ("smollm2-135m", [("embed", "int8/g32 @ int8/g32")], 6.5, "Q4_1"),
+    ("llama-3.2-1b", [("embed", "int6/g32 @ int8/g32")], 2.5, "Q4_0"),
+    ("llama-3-8b", [("embed", "int6/g32 @ int8/g32"), ("head", "int6/g32 @ int8/g32")], 2.5, "Q4_0"),
 ]
 for name, keep, least, kind in CASES[: 2 if args.quick else 3]:
     speed = models(args, name, args.format, keep, decode=4)
