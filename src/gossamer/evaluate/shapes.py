@@ -15,6 +15,7 @@ from gossamer.formats.dispatch import make_runner
 from gossamer.limits import available_memory
 from gossamer.models.config import Config, Rope
 from gossamer.models.load import Loaded, Progress, unfused
+from gossamer.models.memory import Region
 from gossamer.models.topology import Site, describe
 from gossamer.models.transformer import Transformer
 
@@ -103,12 +104,12 @@ def shape_model(
     choose = chooser(parse(format), [(pattern, parse(text)) for pattern, text in keep], topology)
     formats = {site.name: choose(site) or parse(format) for site in topology.sites}
     _check_memory(str(name) if isinstance(name, str) else "this shape", format, formats, topology.sites)
-    matrices = RandomMatrices()
+    matrices, region = RandomMatrices(), Region.of(formats, topology.sites)
     random = np.random.default_rng(0)
     packed, runners = {}, {}
     for done, site in enumerate(topology.sites):
         fmt = formats[site.name]
-        packed[site.name] = matrices.make(fmt.weight, site.rows, site.cols)
+        packed[site.name] = region.move(matrices.make(fmt.weight, site.rows, site.cols))
         bias = random.standard_normal(site.rows, np.float32) if site.bias else None
         runners[site.name] = make_runner(packed[site.name], fmt, bias)
         if progress:

@@ -81,13 +81,10 @@ def load(checkpoint: Checkpoint, formats: Mapping[str, SiteFormat], progress: Pr
     topology = checkpoint.topology
     packed: dict[str, Packed] = {}
     runners = {}
-    sizes = (f for site in topology.sites for f in formats[site.name].weight.fields(site.rows, site.cols).values())
-    region = Region(sum(field.nbytes for field in sizes))
+    region = Region.of(formats, topology.sites)
     for done, site in enumerate(topology.sites):
         fmt = formats[site.name]
-        found = checkpoint.pack(site, fmt)
-        packed[site.name] = Packed(found.format, found.shape, region.place(found.arrays))
-        del found
+        packed[site.name] = region.move(checkpoint.pack(site, fmt))
         checkpoint.release(site)
         runners[site.name] = make_runner(packed[site.name], fmt, checkpoint.bias(site))
         if progress:

@@ -7,13 +7,15 @@ machines of docs/measurements.md huge pages read a third faster. Files cannot be
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gossamer.errors import ResourceError
+from gossamer.formats import Packed, SiteFormat
+from gossamer.models.topology import Site
 
 __all__ = ["Region"]
 
@@ -36,6 +38,16 @@ class Region:
             memory.madvise(mmap.MADV_HUGEPAGE)
         self._memory = np.frombuffer(memory, np.uint8)
         self._at = 0
+
+    @classmethod
+    def of(cls, formats: Mapping[str, SiteFormat], sites: Iterable[Site]) -> Region:
+        """Room for the packed arrays of ``sites``."""
+        fields = (f for site in sites for f in formats[site.name].weight.fields(site.rows, site.cols).values())
+        return cls(sum(field.nbytes for field in fields))
+
+    def move(self, packed: Packed) -> Packed:
+        """The matrix with its arrays placed."""
+        return Packed(packed.format, packed.shape, self.place(packed.arrays))
 
     def place(self, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Copies of flat arrays, one after the other."""
