@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -141,7 +144,7 @@ def _converse(llm: LLM, system: list[dict[str, str]], max_tokens: int, sampling:
     while True:
         try:  # Ctrl-C may come at any moment: it ends what is being done and never the program
             ui.ask("> ")
-            line = input()
+            line = _typed()
             if not line.strip():
                 return
             asked = [*messages, {"role": "user", "content": line}]
@@ -154,3 +157,18 @@ def _converse(llm: LLM, system: list[dict[str, str]], max_tokens: int, sampling:
             ui.note("")
         except UsageError as error:  # the history may no longer fit: the conversation stays as it was
             ui.note(f"gossamer: {error}")
+
+
+def _typed() -> str:
+    """A line from the terminal. A Ctrl-C just before a plain read begins would be noticed after the next line only, so
+    this waits for a line or a signal, whichever comes first, and reads when there is something to read."""
+    signalled, wake = os.pipe()
+    os.set_blocking(wake, False)
+    before = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    try:
+        select.select([sys.stdin, signalled], [], [])
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(signalled)
+        os.close(wake)
+    return input()
