@@ -1,4 +1,4 @@
-"""A folder that Gossamer wrote as a checkpoint: packed arrays, used where they are mapped."""
+"""A folder that Gossamer wrote as a checkpoint: packed arrays, mapped, which loading copies as they are."""
 
 from __future__ import annotations
 
