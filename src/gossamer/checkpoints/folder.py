@@ -1,4 +1,4 @@
-"""A checkpoint folder in the Hugging Face layout: read one, or publish one atomically.
+"""A checkpoint folder in the Hugging Face layout, read. Written ones appear under their name at once: place.py.
 
 Such a folder holds `config.json`, the weights as `model.safetensors` or as several shards named by
 `model.safetensors.index.json`, tokenizer files, and perhaps `generation_config.json`. A folder that
@@ -7,21 +7,16 @@ Gossamer compressed holds `gossamer.json` besides.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
-import re
-import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gossamer.checkpoints.place import publish
 from gossamer.checkpoints.safetensors import (
     SafetensorsFile,
     TensorInfo,
@@ -29,8 +24,7 @@ from gossamer.checkpoints.safetensors import (
     quote,
     unique_pairs,
 )
-from gossamer.checkpoints.safetensors_writer import write_error
-from gossamer.errors import CheckpointError, ResourceError, UnsupportedError, UsageError
+from gossamer.errors import CheckpointError, UnsupportedError
 
 __all__ = ["Folder", "json_file", "publish"]
 
@@ -38,8 +32,6 @@ _JSON_LIMIT = 64 << 20  # bytes; the index of the largest published checkpoints 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
 
 
 def json_file(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -208,173 +200,6 @@ class Folder:
         self.tensors.update(shard.tensors)
         self.metadata.update(shard.metadata)
         self.data_bytes += shard.data_bytes
-
-
-@contextmanager
-def publish(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder that appears under the name `out` complete, or not at all.
-
-    Gives a hidden folder beside `out` to write into, made at once, so that a place that cannot be written
-    is refused before any work. When the block ends, everything is flushed to the disk and the folder
-    renamed; when the block raises, the folder is removed. What a killed process left is removed by the
-    next one that writes to the same name.
-
-    Raises UsageError when `out` exists and is not an empty folder or when another process is writing it,
-    ResourceError when the place cannot be written or is full.
-    """
-    try:
-        out = Path(os.path.realpath(out))
-        _refuse_existing(out)
-        made = _make_parents(out.parent)
-    except (OSError, ValueError) as error:
-        raise _place_error(out, error) from None
-    try:
-        partial, lock = _make_partial(out)
-        try:
-            yield partial
-            _finish(partial, out)
-        except OSError as error:
-            if _is_of(error, partial):
-                raise _place_error(out, error) from None
-            raise
-        finally:
-            # After the rename there is nothing under this name.
-            shutil.rmtree(partial, ignore_errors=True)
-            os.close(lock)
-    except BaseException:
-        for folder in made:
-            with suppress(OSError):  # somebody else may use it by now
-                folder.rmdir()
-        raise
-
-
-def _refuse_existing(out: Path) -> None:
-    try:
-        with os.scandir(out) as entries:
-            if next(entries, None) is None:
-                return
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
-        if not out.exists():  # a parent is the file; making the folder will say so
-            return
-    raise UsageError(f"{out} exists already; choose another name or remove it first")
-
-
-def _make_parents(parent: Path) -> list[Path]:
-    """Make what is missing of `parent`; returns the folders made, innermost first."""
-    missing = []
-    while not parent.is_dir() and parent != parent.parent:
-        missing.append(parent)
-        parent = parent.parent
-    made: list[Path] = []
-    try:
-        for folder in reversed(missing):
-            folder.mkdir()
-            made.insert(0, folder)
-    except OSError:
-        for folder in made:
-            folder.rmdir()
-        raise
-    return made
-
-
-def _make_partial(out: Path) -> tuple[Path, int]:
-    """A new `.NAME.partial-PID` beside `out`, and the descriptor whose lock says that its writer lives.
-
-    A lock tells more than the process number does: numbers are used again, and mean nothing to another
-    container that shares the disk.
-    """
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.partial-(\d+)")
-    try:
-        for sibling in os.listdir(out.parent):
-            match = pattern.fullmatch(sibling)
-            if match is None:
-                continue
-            leftover = out.parent / sibling
-            lock = _lock(leftover, int(match[1]))
-            if lock is None:
-                raise _busy(out)
-            shutil.rmtree(leftover)
-            os.close(lock)
-        partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-        partial.mkdir()
-        lock = _lock(partial, os.getpid())
-    except OSError as error:
-        raise _place_error(out, error) from None
-    if lock is None:
-        raise _busy(out)
-    return partial, lock
-
-
-def _lock(folder: Path, writer: int) -> int | None:
-    """A descriptor that holds the folder's lock, or None when it is held or the folder went away."""
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        held = True
-    except OSError:  # a file system without locks: the process number has to do
-        held = writer != os.getpid() and _is_alive(writer)
-    else:
-        held = False
-    if held:
-        os.close(fd)
-        return None
-    return fd
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _finish(partial: Path, out: Path) -> None:
-    """Flush everything in `partial` to the disk and give it its name."""
-    try:
-        for where, _, names in os.walk(partial, topdown=False):
-            for name in names:
-                _fsync(os.path.join(where, name))
-            _fsync(where)
-        os.rename(partial, out)  # replaces an empty folder, and nothing else
-        _fsync(out.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise UsageError(f"{out} came into being meanwhile; choose another name or remove it") from None
-        raise _place_error(out, error) from None
-
-
-def _fsync(path: str | Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _is_of(error: OSError, partial: Path) -> bool:
-    """Whether the error is about writing into `partial`, and not about something the block did elsewhere."""
-    if not isinstance(error.filename, (str, bytes)):  # a write to an open file names none
-        return error.errno in _FULL
-    path = Path(os.path.realpath(os.fsdecode(error.filename)))
-    return path.is_relative_to(partial) and error.errno in _FULL + _REFUSED
-
-
-def _busy(out: Path) -> UsageError:
-    return UsageError(f"{out} is being written by another process; wait for it or choose another name")
-
-
-def _place_error(out: str | os.PathLike[str], error: OSError | ValueError) -> ResourceError:
-    fault = error if isinstance(error, OSError) else OSError(str(error))  # a name with a NUL in it
-    return write_error(Path(out), fault)
 
 
 def _open_nonblocking(path: str, flags: int) -> int:
