@@ -73,7 +73,7 @@ class Config:
     norm_plus_one: bool = False  # files store gain - 1
     embed_scale: float = 1.0
     attn_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
-    biased: frozenset[str] = field(default_factory=frozenset)  # roles of the linear sites that have a bias
+    biased: frozenset[str] = field(default_factory=frozenset)  # linear sites that have a bias: roles, names
 
     def __post_init__(self) -> None:
         check_sizes({name: getattr(self, name) for name in SIZES}, "the model's configuration")
