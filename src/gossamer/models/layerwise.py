@@ -47,8 +47,8 @@ class LayerRun:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, index: int, weights: Mapping[str, F32] | None = None) -> LayerRun:
-        """The layer in float32: its ``weights`` (``unpack_layer``, which None stands for), float32 inputs."""
-        runners = layer_runners(checkpoint, index, unpack_layer(checkpoint, index) if weights is None else weights)
+        """The layer with float32 inputs and weights: the checkpoint's, or those given (see ``unpack_layer``)."""
+        runners = layer_runners(checkpoint, index, weights)
         return cls(checkpoint.config, index, runners, layer_vectors(checkpoint, index))
 
     def run(self, h: F32, tap: Tap | None = None) -> F32:
@@ -115,7 +115,8 @@ def check_tokens(sequences: Sequence[I32], config: Config) -> None:
 def embed(checkpoint: Checkpoint, sequences: Sequence[I32]) -> list[F32]:
     """The hidden states before the first layer, float32 [n, hidden] for each sequence of token ids [n].
 
-    The table is decoded some rows at a time, and once. Raises UsageError as ``check_tokens`` does.
+    The table is decoded some rows at a time, and once; the states lie in one array. Raises UsageError as
+    ``check_tokens`` does.
     """
     check_tokens(sequences, checkpoint.config)
     tokens = np.concatenate(sequences)
@@ -130,7 +131,7 @@ def embed(checkpoint: Checkpoint, sequences: Sequence[I32]) -> list[F32]:
     checkpoint.release(site)
     if checkpoint.config.embed_scale != 1.0:
         ops.scale(out, checkpoint.config.embed_scale)
-    return [np.ascontiguousarray(part) for part in np.split(out, np.cumsum([len(s) for s in sequences])[:-1])]
+    return np.split(out, np.cumsum([len(s) for s in sequences])[:-1])
 
 
 def _sites(checkpoint: Checkpoint, index: int) -> list[Site]:
@@ -152,12 +153,18 @@ def layer_vectors(checkpoint: Checkpoint, index: int) -> dict[str, F32]:
 
 
 def layer_runners(
-    checkpoint: Checkpoint, index: int, weights: Mapping[str, F32], fmt: SiteFormat | None = None
+    checkpoint: Checkpoint, index: int, weights: Mapping[str, F32] | None = None, fmt: SiteFormat | None = None
 ) -> dict[str, Runner]:
-    """Runners of the layer's sites for weights float32 [rows, cols] by name, stored and multiplied as float32 unless
-    ``fmt`` says otherwise, with the checkpoint's biases."""
+    """Runners of the layer's sites by name, with the checkpoint's biases.
+
+    ``weights`` are float32 [rows, cols] by name; None reads the checkpoint's, one site at a time. They are stored and
+    multiplied as float32 unless ``fmt`` says otherwise.
+    """
     fmt = fmt or parse("f32 @ f32")
-    return {
-        site.name: make_runner(encode(fmt.weight, ArraySource(weights[site.name])), fmt, checkpoint.bias(site))
-        for site in _sites(checkpoint, index)
-    }
+    runners = {}
+    for site in _sites(checkpoint, index):
+        source = checkpoint.source(site) if weights is None else ArraySource(weights[site.name])
+        packed = encode(fmt.weight, source, f"{checkpoint.path.name}: {site.name}")
+        checkpoint.release(site)
+        runners[site.name] = make_runner(packed, fmt, checkpoint.bias(site))
+    return runners
