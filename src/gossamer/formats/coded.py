@@ -164,19 +164,25 @@ class Coded:
         p0, p1 = r0 // PANEL, layout.panels(r1)
         keep = slice(r0 - p0 * PANEL, r1 - p0 * PANEL)
         codes = layout.unpack_codes(arrays, self.number.bits, cols, p0, p1)[keep]
-        width, groups = self.width(cols), self.groups(cols)
+        width = self.width(cols)
+        s, zeros, m = (
+            None if x is None else np.repeat(x, width, axis=1)[:, :cols] for x in self.steps(arrays, rows, cols, r0, r1)
+        )
+        assert s is not None
+        return fit.values(self.number, codes, s, zeros, m)
 
-        def spread(per_group: F32) -> F32:
-            return np.repeat(per_group, width, axis=1)[:, :cols]
-
+    def steps(
+        self, arrays: Mapping[str, npt.NDArray[Any]], rows: int, cols: int, r0: int, r1: int
+    ) -> tuple[F32, F32 | None, F32 | None]:
+        """Scales, zero points and minima of rows r0..r1 as they are stored: float32 [r1 - r0, groups] each."""
         zeros = m = None
         if self.zero:
-            z = layout.unpack_zeros(arrays["zeros"], self.number.bits, groups, p0, p1)[keep]
-            zeros = spread(z.astype(np.float32))
+            p0 = r0 // PANEL
+            z = layout.unpack_zeros(arrays["zeros"], self.number.bits, self.groups(cols), p0, layout.panels(r1))
+            zeros = z[r0 - p0 * PANEL : r1 - p0 * PANEL].astype(np.float32)
         if self.minimum is not None:
-            m = spread(self._read("mins", self.minimum, arrays, rows, cols, r0, r1))
-        s = spread(self._read("scales", self.scale, arrays, rows, cols, r0, r1))
-        return fit.values(self.number, codes, s, zeros, m)
+            m = self._read("mins", self.minimum, arrays, rows, cols, r0, r1)
+        return self._read("scales", self.scale, arrays, rows, cols, r0, r1), zeros, m
 
     def _read(
         self,

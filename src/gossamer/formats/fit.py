@@ -25,11 +25,15 @@ __all__ = [
     "Parts",
     "State",
     "by_mean",
+    "dequantize",
     "fit_once",
     "grouped",
     "ideal",
+    "largest_scale",
+    "nearest_codes",
     "quantize",
     "settle",
+    "signed",
     "steps_of",
     "store_mins",
     "store_scales",
@@ -59,7 +63,7 @@ class Parts:
     mins: npt.NDArray[Any] | Parts | None = None
     shared: bool = False
 
-    def take(self, where: Bools) -> Parts:
+    def take(self, where: Bools | slice) -> Parts:
         """Some rows (or groups, by a mask [n, groups])."""
 
         def some(x: Any) -> Any:
@@ -146,12 +150,12 @@ def quantize(fmt: Coded, w: F32, rows: I64, state: State | None, least: Bools | 
     parts = Parts(found.codes.reshape(n, -1)[:, :cols].astype(np.uint8), found.scales, found.zeros, found.mins,
                   found.shared)  # fmt: skip
     if least is not None and least.any():
-        lost = least & (_dequantize(fmt, parts, rows, state) == 0)
+        lost = least & (dequantize(fmt, parts, rows, state) == 0)
         parts.codes[lost] = np.minimum(parts.codes[lost] + 1, fmt.number.levels - 1)
     return parts
 
 
-def _dequantize(fmt: Coded, parts: Parts, rows: I64, state: State | None) -> F32:
+def dequantize(fmt: Coded, parts: Parts, rows: I64, state: State | None) -> F32:
     """What ``quantize`` kept, float32 [n, cols]."""
     cols = parts.codes.shape[1]
     s, zeros, m = steps_of(fmt, parts, rows, state or NOTHING)
@@ -180,7 +184,7 @@ def _load(scale: str | Coded | None, stored: npt.NDArray[Any] | Parts | None, ro
     if isinstance(stored, Parts):
         assert scale is not None
         assert not isinstance(scale, str)
-        return _dequantize(scale, stored, rows, state)
+        return dequantize(scale, stored, rows, state)
     assert isinstance(scale, str)
     assert stored is not None
     return scales.load(stored, scale)
@@ -215,7 +219,7 @@ def by_mean(number: Number) -> bool:
     return number.family == "ternary" or number.name == "bipolar1"
 
 
-def _signed(fmt: Coded, inner: bool) -> bool:
+def signed(fmt: Coded, inner: bool) -> bool:
     """Whether a scale may be negative: not where it is a scale's own, a power of two or (by convention) e4m3."""
     if inner:
         return False
@@ -230,7 +234,7 @@ def ideal(fmt: Coded, x: F32, cols: int, m: F32 | None, inner: bool) -> tuple[F6
     """
     number = fmt.number
     top = number.levels - 1
-    limit: Any = FLOAT32_MAX / max(number.largest, float(number.zero))
+    limit = largest_scale(fmt, m)
     if number.family == "ternary":
         return _best_ternary(x), limit
     if by_mean(number):
@@ -239,14 +243,21 @@ def ideal(fmt: Coded, x: F32, cols: int, m: F32 | None, inner: bool) -> tuple[F6
         return np.abs(x).sum(axis=-1, dtype=np.float64) / valid, limit
     low, high = x.min(axis=-1).astype(np.float64), x.max(axis=-1).astype(np.float64)
     if m is not None:
-        return np.maximum(high + m, 0) / top, (FLOAT32_MAX + np.minimum(m, 0)) / top
+        return np.maximum(high + m, 0) / top, limit
     if fmt.zero:
         return (np.maximum(high, 0) - np.minimum(low, 0)) / top, limit
-    if number.family == "int" and _signed(fmt, inner):
+    if number.family == "int" and signed(fmt, inner):
         return np.where(-low >= high, low, high) / -number.zero, limit
     if number.family == "uint":
-        return (np.where(-low > high, low, high) / top if _signed(fmt, inner) else np.maximum(high, 0) / top), limit
+        return (np.where(-low > high, low, high) / top if signed(fmt, inner) else np.maximum(high, 0) / top), limit
     return np.maximum(-low, high) / number.largest, limit
+
+
+def largest_scale(fmt: Coded, m: F32 | None) -> Any:
+    """How large a scale may be for all values to stay within float32, as a real number or one for each minimum."""
+    if m is not None:
+        return (FLOAT32_MAX + np.minimum(m, 0)) / (fmt.number.levels - 1)
+    return FLOAT32_MAX / max(fmt.number.largest, float(fmt.number.zero))
 
 
 def _best_ternary(x: F32) -> F64:
@@ -267,7 +278,7 @@ def store_scales(fmt: Coded, s: F64, limit: Any, rows: I64, state: State) -> tup
         limit = limit / 2  # the rounding of a nested format may enlarge a scale so much
         least = np.ones(s.shape, np.bool_) if number.zero_code is not None else s != 0
         stored = quantize(scale, np.clip(s, -limit, limit).astype(np.float32), rows, state.scales, least)
-        return stored, _dequantize(scale, stored, rows, state.scales)
+        return stored, dequantize(scale, stored, rows, state.scales)
     mean = by_mean(number)
     if scale == "e8m0":
         powers = scales.store_power_of_two(s, number.largest, mean)
@@ -287,43 +298,53 @@ def store_mins(fmt: Coded, m: F32, rows: I64, state: State) -> tuple[npt.NDArray
         return stored, halves.to_float(stored, kind)
     assert kind is not None
     parts = quantize(kind, m, rows, state.mins, np.zeros(m.shape, np.bool_))
-    return parts, _dequantize(kind, parts, rows, state.mins)
+    return parts, dequantize(kind, parts, rows, state.mins)
+
+
+def nearest_codes(
+    fmt: Coded, x: F32, s: F32, zeros: F32 | None, m: F32 | None, inner: bool = False
+) -> npt.NDArray[Any]:
+    """The codes (of any type) nearest to x with scales, zero points and minima that broadcast to it, all float32."""
+    number = fmt.number
+    top = number.levels - 1
+    divisor = _divisor(s)
+    if number.family == "uint" and m is not None:
+        with np.errstate(over="ignore"):  # an infinity is cut to the last code
+            return _clipped((x + m) / divisor, 0, top)
+    t: F32 = x / divisor
+    if zeros is not None:
+        t += zeros
+        return _clipped(t, 0, top)
+    if number.family == "minifloat":
+        return number.minifloat.encode(t)
+    if number.family == "nf":
+        table = number.values
+        return np.searchsorted((table[1:] + table[:-1]) / 2, t).astype(np.uint8)
+    if number.family == "bipolar":
+        t += np.float32(number.zero) + 1
+        t /= 2
+        np.floor(t, out=t)  # ties up, so that a group of zeros has positive codes: plus zero
+    else:
+        t += np.float32(number.zero)
+    # With the extreme on the largest code, the one below its negative is left alone.
+    narrow = number.family == "int" and not signed(fmt, inner)
+    return _clipped(t, 1 if narrow else 0, top)
 
 
 def _round(fmt: Coded, x: F32, s: F32, m: F32 | None, inner: bool) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
     """The nearest codes of x [..., width] with scales s [...], and the zero points if there are."""
-    number = fmt.number
-    top, shift = number.levels - 1, np.float32(number.zero)
-    divisor = _divisor(s)[..., None]
-    if number.family == "uint" and m is not None:
-        with np.errstate(over="ignore"):  # an infinity is cut to the last code
-            return _clipped((x + m[..., None]) / divisor, 0, top), None
-    if fmt.zero:
-        low, high = np.minimum(x.min(axis=-1), 0), np.maximum(x.max(axis=-1), 0)
-        zeros = np.clip(np.rint(-low.astype(np.float64) / divisor[..., 0]), 0, top)
-        codes = x / divisor
-        codes += zeros.astype(np.float32)[..., None]
-        codes = _clipped(codes, 0, top)
-        # The rounded zero point may leave the largest element just below the middle between the last two codes.
-        wide = (high.astype(np.float64) - low) / divisor[..., 0] > top - 0.5
-        short = wide & (codes.max(axis=-1) == top - 1) & (high > 0)
-        codes[short] = np.where(x[short] == high[short, None], np.float32(top), codes[short])
-        return codes, zeros.astype(np.uint8)
-    t: F32 = x / divisor
-    if number.family == "minifloat":
-        return number.minifloat.encode(t), None
-    if number.family == "nf":
-        table = number.values
-        return np.searchsorted((table[1:] + table[:-1]) / 2, t).astype(np.uint8), None
-    if number.family == "bipolar":
-        t += shift + 1
-        t /= 2
-        np.floor(t, out=t)  # ties up, so that a group of zeros has positive codes: plus zero
-    else:
-        t += shift
-    # With the extreme on the largest code, the one below its negative is left alone.
-    narrow = number.family == "int" and not _signed(fmt, inner)
-    return _clipped(t, 1 if narrow else 0, top), None
+    top = fmt.number.levels - 1
+    if not fmt.zero:
+        return nearest_codes(fmt, x, s[..., None], None, _last(m), inner), None
+    low, high = np.minimum(x.min(axis=-1), 0), np.maximum(x.max(axis=-1), 0)
+    divisor = _divisor(s)
+    zeros = np.clip(np.rint(-low.astype(np.float64) / divisor), 0, top)
+    codes = nearest_codes(fmt, x, s[..., None], zeros.astype(np.float32)[..., None], None, inner)
+    # The rounded zero point may leave the largest element just below the middle between the last two codes.
+    wide = (high.astype(np.float64) - low) / divisor > top - 0.5
+    short = wide & (codes.max(axis=-1) == top - 1) & (high > 0)
+    codes[short] = np.where(x[short] == high[short, None], np.float32(top), codes[short])
+    return codes, zeros.astype(np.uint8)
 
 
 def _clipped(codes: F32, low: int, high: int) -> F32:
