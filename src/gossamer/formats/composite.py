@@ -193,15 +193,20 @@ def leaves(fmt: Format, rows: int, cols: int, prefix: str = "") -> Iterator[tupl
         yield from leaves(weight_of(branch), r, c, prefix + inner)
 
 
-def encode_branch(branch: Branch, w: F32, hints: Hints) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of a branch; ``hints`` are those for this branch."""
-    fmt = weight_of(branch)
-    w = np.ascontiguousarray(w, np.float32)
+def refuse_hints(fmt: Format, hints: Hints) -> None:
+    """Raises FormatError for a hint that the format does not know."""
     known = fmt.hints if isinstance(fmt, Composite) else ()
     names = {name for name, _ in fmt.parts} if isinstance(fmt, Composite) else set()
     if unknown := sorted(set(hints) - set(known) - names):
         takes = ", ".join(f"'{h}'" for h in known) or "none of its own"
         raise FormatError(f"{fmt} takes no hint '{shorten(str(unknown[0]))}'; its hints: {takes}.")
+
+
+def encode_branch(branch: Branch, w: F32, hints: Hints) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of a branch; ``hints`` are those for this branch."""
+    fmt = weight_of(branch)
+    w = np.ascontiguousarray(w, np.float32)
+    refuse_hints(fmt, hints)
     if isinstance(fmt, Composite):
         return fmt.encode_matrix(w, hints)
     return dict(encode(fmt, ArraySource(w)).arrays)

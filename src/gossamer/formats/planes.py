@@ -69,8 +69,10 @@ class Planes(Composite):
         return {**dict.fromkeys(self._names(), plane), **rest}
 
     def encode_matrix(self, w: F32, hints: Hints) -> dict[str, npt.NDArray[Any]]:
-        rows, cols = w.shape
-        inner = encode(self.inner, ArraySource(w)).arrays
+        return self.split(encode(self.inner, ArraySource(w)).arrays, *w.shape)
+
+    def split(self, inner: Arrays, rows: int, cols: int) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of this format from those of the inner one: the inverse of ``merge``."""
         arrays: dict[str, npt.NDArray[Any]] = {}
         plane = layout.code_fields(1, rows, cols)["q1"]
         for name in self._names():

@@ -82,8 +82,8 @@ class _Split(Composite):
     def _sizes(self, size: int) -> list[int]:
         return [*self.counts, size - sum(self.counts)]
 
-    def _choose(self, score: F32, hints: Hints) -> U32:
-        """The index array for columns (rows) of these max|w|."""
+    def choose(self, score: F32, hints: Hints) -> U32:
+        """The index array, from the hint or, without one, by falling score; of equal ones those that come first."""
         total, size = sum(self.counts), len(score)
         if self.what in hints:
             given = hints[self.what]
@@ -136,7 +136,7 @@ class Cols(_Split):
         self._check_count(cols)
 
     def encode_matrix(self, w: F32, hints: Hints) -> dict[str, npt.NDArray[Any]]:
-        own = {"index": padded(self._choose(np.abs(w).max(axis=0), hints))}
+        own = {"index": padded(self.choose(np.abs(w).max(axis=0), hints))}
         pieces = {name: (b, w[:, index]) for name, b, index in self.indices(own, w.shape[1])}
         return encode_parts(pieces, hints, own)
 
@@ -165,7 +165,7 @@ class Rows(_Split):
         self._check_count(rows)
 
     def encode_matrix(self, w: F32, hints: Hints) -> dict[str, npt.NDArray[Any]]:
-        own = {"index": padded(self._choose(np.abs(w).max(axis=1), hints))}
+        own = {"index": padded(self.choose(np.abs(w).max(axis=1), hints))}
         pieces = {name: (b, w[index]) for name, b, index in self.indices(own, len(w))}
         return encode_parts(pieces, hints, own)
 

@@ -249,12 +249,14 @@ class Permute(Composite):
         """x[:, index] of float32 x [tokens, cols]."""
         return np.ascontiguousarray(x[:, arrays["index"][: x.shape[1]]])
 
-    def encode_matrix(self, w: F32, hints: Hints) -> dict[str, npt.NDArray[Any]]:
-        cols = w.shape[1]
+    def choose(self, score: F32, hints: Hints) -> npt.NDArray[np.uint32]:
+        """What stands at each place, from the hint or, without one, by falling score; of equal ones the first."""
         if "order" in hints:
-            index = chosen(hints["order"], cols, cols, "order")
-        else:
-            index = np.argsort(-np.abs(w).max(axis=0), kind="stable").astype(np.uint32)
+            return chosen(hints["order"], len(score), len(score), "order")
+        return np.argsort(-score, kind="stable").astype(np.uint32)
+
+    def encode_matrix(self, w: F32, hints: Hints) -> dict[str, npt.NDArray[Any]]:
+        index = self.choose(np.abs(w).max(axis=0), hints)
         return encode_parts({"0": (self.inner, w[:, index])}, hints, {"index": padded(index)})
 
     def decode_rows(self, arrays: Arrays, rows: int, cols: int, r0: int, r1: int) -> F32:
@@ -290,14 +292,18 @@ class Scale(Composite):
         product: F32 = x * arrays["factors"][: x.shape[1]]
         return product
 
-    def encode_matrix(self, w: F32, hints: Hints) -> dict[str, npt.NDArray[Any]]:
-        if "factors" in hints:
-            factors = np.asarray(hints["factors"], np.float32)
-            if factors.shape != (w.shape[1],) or not (np.isfinite(factors) & (factors > 0)).all():
-                raise FormatError(f"the hint 'factors' of {self} must be {w.shape[1]} positive numbers.")
-        else:
+    def choose(self, w: F32, hints: Hints) -> F32:
+        """The factors, float32 [cols], from the hint or by the rule."""
+        if "factors" not in hints:
             size = np.abs(w).max(axis=0)
-            factors = np.sqrt(np.where(size > 0, size, np.float32(1)))
+            return np.sqrt(np.where(size > 0, size, np.float32(1)))
+        factors = np.asarray(hints["factors"], np.float32)
+        if factors.shape != (w.shape[1],) or not (np.isfinite(factors) & (factors > 0)).all():
+            raise FormatError(f"the hint 'factors' of {self} must be {w.shape[1]} positive numbers.")
+        return factors
+
+    def encode_matrix(self, w: F32, hints: Hints) -> dict[str, npt.NDArray[Any]]:
+        factors = self.choose(w, hints)
         with np.errstate(over="ignore"):
             stored = w / factors
         refuse_infinite(stored, self, "the matrix divided by the factors")
