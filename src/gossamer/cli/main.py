@@ -151,8 +151,26 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-o", "--output", required=True, metavar="DIR", help="the folder to write; it must not exist, or be empty"
     )
-    p.add_argument("--format", required=True, metavar="EXPR", help=FORMAT_HELP)
+    p.add_argument(
+        "--recipe", metavar="NAME|FILE", help="how: the name of a recipe, or a YAML file of one's own (default: rtn)"
+    )
+    p.add_argument("--format", metavar="EXPR", help=f"of all sites, or with --recipe of its linear layers: {FORMAT_HELP}")
     keep(p)
+    p.add_argument(
+        "--calibration",
+        metavar="self|FILE|NAME",
+        help=f"the text that recipes look at: self (the model writes it), a UTF-8 file, or {TEXTS} "
+        "(default: the recipe's, which is self unless it says otherwise)",
+    )
+    p.add_argument(
+        "--calibration-tokens", type=_at_least(2), metavar="N", help="tokens of that text (default: the recipe's)"
+    )
+    p.add_argument(
+        "--seed", type=_at_least(0), default=0, metavar="N", help="of everything drawn (default: %(default)s)"
+    )
+    p.add_argument(
+        "--dry-run", action="store_true", help="tell sizes, time, memory and disk that it would take, and stop"
+    )
     threads(p)
     as_json(p)
 

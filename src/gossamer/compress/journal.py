@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,11 @@ class Journal:
         """The names of the finished parts in the order in which they were made."""
         return list(self._data["parts"])
 
+    @property
+    def nbytes(self) -> int:
+        """What the finished parts take on the disk."""
+        return sum(entry["bytes"] for entry in self._data["parts"].values())
+
     def record(self, name: str) -> dict[str, Any] | None:
         """What was recorded with a finished part, or None where there is none, or its file is not what was written."""
         entry = self._data["parts"].get(name)
@@ -136,11 +141,6 @@ class Journal:
         flush(partial)
         os.replace(partial, self._path)
         flush(self.folder)
-
-
-def arrays_of(file: SafetensorsFile, prefix: str, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
-    """Views of the arrays ``PREFIX.NAME`` of a part, by name."""
-    return {name: file.raw(f"{prefix}.{name}") for name in names}
 
 
 def _sound_parts(parts: Any) -> bool:

@@ -113,4 +113,4 @@ class PackedFolder(InFolder):
             yield StoredTensor(name, info.dtype, info.shape, info.nbytes, runs)
 
     def provenance(self) -> dict[str, Any]:
-        return {k: v for k, v in self.ledger.items() if k != "formats"}
+        return {k: v for k, v in self.ledger.items() if k not in ("formats", "sites")}
