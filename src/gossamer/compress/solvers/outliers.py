@@ -15,6 +15,7 @@ __all__ = ["OutlierRule", "threshold", "without_outliers"]
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def _without(fmt: Coded, w: F32, cost: F32, limit: float) -> F32:
     counts[:cols] = cost
     counts = counts.reshape(x.shape[1:])
     own = _errors(fmt, x) * counts
-    likely = np.asarray(own > limit, np.bool_)
+    likely: Bools = np.greater(own, limit)
     total = own.sum(axis=-1)
     inside = np.ascontiguousarray(np.broadcast_to(np.arange(counts.size).reshape(counts.shape) < cols, x.shape))
     for which in (_extreme(x, inside, False), _extreme(x, inside, True)):
@@ -68,23 +69,23 @@ def _without(fmt: Coded, w: F32, cost: F32, limit: float) -> F32:
         middle = np.take_along_axis(x, _other(which, x, inside)[..., None], axis=-1)
         rest = x.copy()
         np.put_along_axis(rest, at, middle, axis=-1)  # a second one of another: the range is that of the others
-        others = _errors(fmt, rest) * counts
-        np.put_along_axis(others, at, 0, axis=-1)
-        np.put_along_axis(likely, at, (total - others.sum(axis=-1) > limit)[..., None], axis=-1)
+        cost_of_rest = _errors(fmt, rest) * counts
+        np.put_along_axis(cost_of_rest, at, 0, axis=-1)
+        np.put_along_axis(likely, at, (total - cost_of_rest.sum(axis=-1) > limit)[..., None], axis=-1)
     likely &= inside
-    rest = inside & ~likely
-    mean = np.where(rest, x, 0).sum(axis=-1) / np.maximum(rest.sum(axis=-1), 1)
+    others = inside & ~likely
+    mean = np.where(others, x, 0).sum(axis=-1) / np.maximum(others.sum(axis=-1), 1)
     return np.where(likely, mean[..., None], x).reshape(n, -1)[:, :cols]
 
 
-def _extreme(x: F32, inside: npt.NDArray[np.bool_], top: bool) -> I64:
+def _extreme(x: F32, inside: Bools, top: bool) -> I64:
     """Where the smallest or largest element of each group is."""
     if top:
         return np.asarray(np.where(inside, x, -np.inf).argmax(axis=-1))
     return np.asarray(np.where(inside, x, np.inf).argmin(axis=-1))
 
 
-def _other(which: I64, x: F32, inside: npt.NDArray[np.bool_]) -> I64:
+def _other(which: I64, x: F32, inside: Bools) -> I64:
     """An element of each group beside the one at ``which`` (that itself where it is the only one)."""
     count = inside.sum(axis=-1)
     return np.asarray((which + 1) % np.maximum(count, 1))
