@@ -1,0 +1,260 @@
+"""Weights in levels: signs of what a base leaves (matryoshka planes), and group scales that are integers of a row's.
+
+``planes`` fits ``uint2/g128 + bipolar1/g128 + ...`` so that the first k terms are a weight of their own (D2MoE, Wang et
+al. 2025, section 4.1). ``progressive`` and ``dual`` fit ``uint4/g128*(int8/row)``, s1 (s2 (q - z)) with integer s2,
+whose parenthesis fits int8: QoQ (Lin et al. 2024, QServe, section 4.1) rounds its second level from the first, and DGQ
+(Zhang et al. 2023, section 3.2) searches both scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from gossamer.compress.solvers.factor import check_hessian, inverse_factor
+from gossamer.compress.solvers.grid import Grid
+from gossamer.compress.solvers.held import damped
+from gossamer.compress.solvers.search import Search, fit_grid
+from gossamer.errors import UsageError
+from gossamer.formats import Coded, Packed, allocate, fit, scales
+from gossamer.formats.coded import Parts
+from gossamer.formats.composite import refuse_infinite
+
+__all__ = ["PROTECTIVE", "dual", "planes", "progressive"]
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+U8 = npt.NDArray[np.uint8]
+
+PROTECTIVE = 119  # |int8| codes of the first level: then no group of the second leaves -128..127
+BYTE = 127
+ROWS = 256  # worked on at once
+FINE = 1.02 - 0.011 * np.arange(1, 21)  # DGQ's candidate ranges of a group
+COARSE = 1.02 - 0.01025 * np.arange(1, 81)  # and of a row
+
+
+def planes(
+    terms: Sequence[Coded],
+    w: F32,
+    hessian: F32 | None,
+    *,
+    square: F32 | None = None,
+    damping: float = 0.01,
+    block: int = 128,
+    search: Search | None = None,
+    where: str = "the matrix",
+    log: list[str] | None = None,
+) -> list[Packed]:
+    """A base and what each further term keeps of the residual: one Packed a term, whose sum is the weight.
+
+    Each width is a full pass over blocks of columns: the block is rounded as it is (so that planes stay nested), and
+    its error, as the Hessian E[x x^T] weighs it, is pushed into the columns after it. Signs (``bipolar1``) get the
+    scale of least squared error weighed by ``square`` (or H's diagonal), sum h|r| / sum h. Without a Hessian nothing is
+    pushed.
+    """
+    rows, cols = w.shape
+    refuse_infinite(w, terms[0], where)
+    upper = None
+    if hessian is not None:
+        dead, order = check_hessian(hessian, cols, where), np.arange(cols)
+        upper = damped(
+            lambda more: inverse_factor(hessian, order, dead, more), hessian, damping, where, [] if log is None else log
+        )
+        square = np.ascontiguousarray(np.diagonal(hessian)) if square is None else square
+    kept = np.zeros_like(w)
+    found = []
+    for term in terms:
+        term.check(rows, cols)
+        grid = fit_grid(term, w - kept, square, search=search)
+        codes = np.empty(w.shape, np.uint8)
+        current = w.copy() if upper is not None else w
+        for c in range(0, cols, block):
+            some = slice(c, min(cols, c + block))
+            rest = current[:, some] - kept[:, some]
+            if _signs(term) and block % grid.width == 0:
+                _fit_signs(grid, rest, None if square is None else square[some], c // grid.width)
+            codes[:, some], values = grid.nearest(rest, some)
+            kept[:, some] += values
+            if upper is not None and some.stop < cols:
+                error = (current[:, some] - kept[:, some]).astype(np.float64)
+                scaled = np.linalg.solve(upper[some, some].T.astype(np.float64), error.T).T.astype(np.float32)
+                current[:, some.stop :] -= scaled @ upper[some, some.stop :]
+        found.append(grid.pack(codes))
+    return found
+
+
+def _signs(fmt: Coded) -> bool:
+    """Whether a term is signs with a plain scale for some columns of a row."""
+    return fmt.number.name == "bipolar1" and isinstance(fmt.scale, str) and fmt.scale in scales.FIELD and not (
+        fmt.group.shared or fmt.scale == "e8m0"
+    )  # fmt: skip
+
+
+def _fit_signs(grid: Grid, rest: F32, square: F32 | None, first: int) -> None:
+    """Puts the scales of least weighed error of the groups from ``first`` on into the grid; rest [rows, n]."""
+    n = rest.shape[1]
+    h = np.ones(n) if square is None else square.astype(np.float64)
+    starts = np.arange(0, n, grid.width)
+    mass = np.add.reduceat(h, starts)
+    plain = np.add.reduceat(np.abs(rest), starts, axis=1, dtype=np.float64) / np.diff([*starts, n])
+    weighed = np.add.reduceat(np.abs(rest) * h, starts, axis=1)
+    s = np.where(mass > 0, weighed / np.where(mass > 0, mass, 1), plain)
+    kind = str(grid.fmt.scale)
+    stored = scales.store(np.minimum(s, fit.FLOAT32_MAX * (1 - 2.0**-8)), kind)
+    assert isinstance(grid.scales, np.ndarray)
+    grid.scales[:, first : first + len(starts)] = stored
+    grid.s[:, first : first + len(starts)] = scales.load(stored, kind)
+
+
+# ---------------------------------------------------------------- integer group scales
+
+
+def progressive(
+    fmt: Coded, w: F32, importance: F32 | None = None, *, lowest: float = 1.0, where: str = "the matrix"
+) -> Packed:
+    """QoQ's two levels: w8 = round(w / s1) with s1 = max|w| / 119 of a row, then groups of w8 in steps of s2.
+
+    Codes come from w8, not from w, with a range that holds zero: so s2 (q - z) is an int8 for every group there can be.
+    With ``lowest`` below 1 every smaller integer s2 down to that fraction is tried too, and the one of least squared
+    error, weighed by ``importance`` [cols], taken. fmt: like uint4/g128*(int8/row), of 4 bits or more.
+    """
+    kind = _kind(fmt, "progressive", 4)
+    rows, cols = w.shape
+    refuse_infinite(w, fmt, where)
+    arrays = allocate(fmt, rows, cols)
+    width, top = fmt.width(cols), fmt.number.levels - 1
+    weights = None if importance is None else _groups(np.asarray(importance)[None], width)
+    for r in range(0, rows, ROWS):
+        some = w[r : r + ROWS]
+        stored, s1 = _stored(np.abs(some).max(axis=1) / np.float64(PROTECTIVE), kind)
+        level = _groups(np.clip(np.rint(some / s1), -PROTECTIVE, PROTECTIVE), width)
+        exact = _groups(some / s1, width)
+        low, high = np.minimum(level.min(axis=2), 0), np.maximum(level.max(axis=2), 0)
+        widest = np.maximum(1, np.rint((high - low) / top))
+        zero = np.clip(np.rint(-low / widest), 0, top)
+        best = (np.full(widest.shape, np.inf), widest, np.zeros(level.shape, np.float32))
+        for less in range(1 + int(widest.max() * (1 - lowest))):
+            s2 = np.maximum(1, widest - less)
+            q = np.clip(np.rint(level / s2[..., None]) + zero[..., None], 0, top)
+            value = (q - zero[..., None]) * s2[..., None]
+            square = (value - exact) ** 2
+            cost = (square if weights is None else square * weights).sum(axis=2, dtype=np.float64)
+            cost[(np.abs(value + 0.5) > 128).any(axis=2) | ((less > 0) & (s2 < lowest * widest))] = np.inf
+            best = _better(cost, best, s2, q)
+        _store(fmt, arrays, r, best[2], best[1], zero, stored, cols)
+    return Packed(fmt, (rows, cols), arrays)
+
+
+def dual(fmt: Coded, w: F32, samples: F32 | None = None, *, where: str = "the matrix") -> Packed:
+    """DGQ's two searches: a range for each group, then a row scale s1 and the integer multiples s2 of it.
+
+    Both minimise the squared error of the output over ``samples`` of the input, float32 [tokens, cols] (a group's, then
+    the row's); without samples, that of the weight. Ranges hold zero, codes are found again with s1 s2 as stored and
+    kept where s2 (q - z) is within +-127. fmt: like uint4/g128*(int8/row).
+    """
+    kind = _kind(fmt, "dual", 2)
+    rows, cols = w.shape
+    refuse_infinite(w, fmt, where)
+    arrays = allocate(fmt, rows, cols)
+    width, top = fmt.width(cols), fmt.number.levels - 1
+    # [groups, width, tokens]
+    x = None if samples is None else np.ascontiguousarray(_groups(samples, width).transpose(1, 2, 0))
+    for r in range(0, rows, ROWS):
+        some = _groups(w[r : r + ROWS], width)
+        s, zero = _fine(some, x, top)
+        z = zero[..., None]
+        extreme = np.abs(some).max(axis=(1, 2)).astype(np.float64)
+        shape = (len(some), 1)
+        best = (np.full(shape, np.inf), np.zeros(zero.shape), np.zeros(some.shape, np.float32))
+        stored = _stored(extreme / BYTE, kind)[0]
+        for ratio in COARSE:
+            found, s1 = _stored(ratio * extreme / BYTE, kind)
+            s2 = np.clip(np.rint(s / s1), 1, BYTE)
+            step, bound = (s1 * s2)[..., None], BYTE // s2[..., None]
+            q = np.rint(np.clip(some, -BYTE * s1[..., None], BYTE * s1[..., None]) / step) + z
+            q = np.clip(q, np.maximum(0, z - bound), np.minimum(top, z + bound))
+            cost = _output(some - step * (q - z), x).sum(axis=1, keepdims=True)
+            better = cost < best[0]
+            stored = np.where(better, found, stored)
+            best = _better(cost, best, s2, q)
+        _store(fmt, arrays, r, best[2], best[1], zero, stored, cols)
+    return Packed(fmt, (rows, cols), arrays)
+
+
+def _fine(x: F32, inputs: F32 | None, top: int) -> tuple[F64, F64]:
+    """Scales and zero points of groups [n, groups, width], each of least output error by itself: [n, groups]."""
+    low = np.minimum(x.min(axis=2), 0).astype(np.float64)
+    full = (np.maximum(x.max(axis=2), 0) - low) / top
+    full = np.where(full > 0, full, 1)
+    zero = np.clip(np.rint(-low / full), 0, top)
+    best = (np.full(full.shape, np.inf), full, np.zeros(x.shape, np.float32))
+    for ratio in FINE:
+        s = ratio * full
+        q = np.clip(np.rint(x / s[..., None]) + zero[..., None], 0, top)
+        best = _better(_output(x - s[..., None] * (q - zero[..., None]), inputs), best, s, q)
+    return best[1], zero
+
+
+def _output(error: npt.NDArray[np.floating], inputs: F32 | None) -> F64:
+    """The squared error of the output that each group adds on its own, [n, groups]."""
+    if inputs is None:
+        return np.asarray((error**2).sum(axis=2))
+    y = np.matmul(error.astype(np.float32).transpose(1, 0, 2), inputs)  # [groups, n, t]
+    return np.asarray((y**2).sum(axis=2, dtype=np.float64).T)
+
+
+def _better(cost: F64, best: tuple[F64, F64, F32], s: F64, codes: npt.NDArray[np.floating]) -> tuple[F64, F64, F32]:
+    """(cost, scales, codes) with those of the candidate where its cost is lower; cost [n, groups] or [n, 1]."""
+    better = cost < best[0]
+    return (
+        np.where(better, cost, best[0]),
+        np.where(better, s, best[1]),
+        np.where(better[..., None], codes, best[2]).astype(np.float32),
+    )
+
+
+def _kind(fmt: Coded, name: str, least: int) -> str:
+    """The plain type of the row scales; UsageError where the format has not two levels."""
+    number, scale = fmt.number, fmt.scale
+    two = (
+        number.family == "uint" and number.bits >= least and fmt.zero and not fmt.group.shared
+        and isinstance(scale, Coded) and scale.number.name == "int8" and not scale.group.shared
+        and scale.group.cols is None and isinstance(scale.scale, str) and scale.scale in ("f32", "f16", "bf16")
+    )  # fmt: skip
+    if not two:
+        raise UsageError(f"the solver '{name}' fits formats such as uint4/g128*(int8/row), so it cannot fit {fmt}.")
+    assert isinstance(scale, Coded)
+    return str(scale.scale)
+
+
+def _groups(w: npt.NDArray[np.floating], width: int) -> F32:
+    """[n, cols] to [n, groups, width], padded with zeros."""
+    n, cols = w.shape
+    groups = -(-cols // width)
+    out = np.zeros((n, groups * width), np.float32)
+    out[:, :cols] = w
+    return out.reshape(n, groups, width)
+
+
+def _stored(s: F64, kind: str) -> tuple[npt.NDArray[np.generic], F32]:
+    """Row scales [n, 1] in their storage type, and as float32 to divide by (1 for a row of zeros)."""
+    stored = scales.store(np.where(s > 0, s, 1)[:, None], kind)
+    return stored, scales.load(stored, kind)
+
+
+def _store(
+    fmt: Coded,
+    arrays: dict[str, npt.NDArray[np.generic]],
+    first_row: int,
+    codes: F32,
+    s2: F64,
+    zero: npt.NDArray[np.floating],
+    s1: npt.NDArray[np.generic],
+    cols: int,
+) -> None:
+    levels = Parts((s2 + 128).astype(np.uint8), s1)
+    flat = codes.reshape(len(codes), -1)[:, :cols].astype(np.uint8)
+    fmt.pack_parts(Parts(flat, levels, zero.astype(np.uint8)), arrays, first_row)
