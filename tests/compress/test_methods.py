@@ -70,7 +70,11 @@ def test_formats_are_those_of_the_papers():
     assert (spqr.number.name, spqr.scale.number.name, spqr.minimum.number.name) == ("uint3", "uint3", "uint3")
     assert str(weight("quik")) == "cols(256: bf16 @ bf16, int4/row @ uint4/token)"
     assert weight("llm-int8").input.outlier == 6
-    assert weight("dgq").weight.scale.number.name == weight("qserve").weight.scale.number.name == "int8"
+    assert weight("dgq").weight.scale.number.name == "int8"
+    assert str(weight("qserve")) == "uint4/g128*(int8/row) @ int8/token"
+    inner = parse(RECIPES["qserve"]["formats"]["gate"]).weight
+    assert isinstance(inner, Hadamard)
+    assert inner.inner == weight("qserve").weight
     assert [t.number.name for t in weight("d2moe").weight.terms] == ["uint2", "bipolar1", "bipolar1"]
     assert isinstance(weight("apmm").weight, Planes)
     assert isinstance(weight("quest-ptq").weight, Hadamard)
