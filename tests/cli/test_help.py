@@ -26,6 +26,7 @@ VERBS = {
     "bench": {"--shape", "--format", "--formats", "--keep", "--batch", "--prompt", "--tokens", "--repetitions"}
     | {"--peer", "--peer-model", "--peer-python", "--plot", "--threads", "--json"},
     "inspect": {"--tensors", "--site", "--json"},
+    "methods": {"--json"},
 }
 
 
@@ -64,7 +65,7 @@ def test_every_option_is_known_and_documented() -> None:
 def test_every_verb_has_help(verb: str) -> None:
     text = text_of(verb, "--help")
     assert all(option in text for option in VERBS[verb])
-    assert "MODEL" in text
+    assert ("NAME" if verb == "methods" else "MODEL") in text
 
 
 def test_names_in_the_help_are_all_there_are() -> None:

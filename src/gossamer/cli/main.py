@@ -261,6 +261,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tensors", action="store_true", help="list every tensor")
     p.add_argument("--site", metavar="NAME", help="how these sites run: a name, a pattern such as '*.0.*', or a role")
     as_json(p)
+
+    p = verb("methods", "Show the published methods: paper, claim, mechanism, cost, and what was measured.")
+    p.add_argument("name", metavar="NAME", nargs="?", help="one method, such as gptq, in full (default: a list of all)")
+    as_json(p)
     return parser
 
 

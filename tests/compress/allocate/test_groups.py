@@ -177,7 +177,7 @@ def test_scores_of_groups():
     plain = [square[:, :16].sum(), square[:, 16:32].sum(), square[:, 32:].sum()]
     assert group_scores(w, narrow, 16) == pytest.approx(plain)
     assert group_scores(w, narrow, 16, inverse) == pytest.approx([*plain[:2], 2 * plain[2]])
-    spread = group_scores(w, narrow, 16, kind="range")
+    spread = group_scores(w, narrow, 16, score="range")
     assert spread[1] == pytest.approx(float(np.ptp(w[:, 16:32], axis=1).mean()))
     assert group_scores(w, narrow, 16, inverse, "hessian-range") == pytest.approx([*spread[:2], 2 * spread[2]])
 
@@ -185,7 +185,7 @@ def test_scores_of_groups():
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"kind": "size"}, "'size' scores no groups"),
+        ({"score": "size"}, "'size' scores no groups"),
         ({"inverse": np.ones(3)}, "must be 40 positive numbers"),
         ({"inverse": np.zeros(40)}, "must be 40 positive numbers"),
     ],

@@ -108,28 +108,28 @@ def finequant(
 # ---------------------------------------------------------------- wide groups of columns
 
 
-def group_scores(w: F32, narrow: SiteFormat, group: int, inverse: F32 | None = None, kind: str = "error") -> F64:
+def group_scores(w: F32, narrow: SiteFormat, group: int, inverse: F32 | None = None, score: str = "error") -> F64:
     """What each group of ``group`` columns would gain by more bits: float64 [groups].
 
-    kind "error": the squared error of ``narrow`` rounding, each column's divided by ``inverse``, the diagonal of the
+    score "error": the squared error of ``narrow`` rounding, each column's divided by ``inverse``, the diagonal of the
     inverse Hessian float32 [cols] (without one, plain); "range": the mean over rows of max - min; "hessian-range": that
     times the mean of 1 / inverse over the group.
     """
     cols = w.shape[1]
-    if kind not in SCORES:
-        raise UsageError(f"'{kind}' scores no groups; choose {', '.join(SCORES)}.")
+    if score not in SCORES:
+        raise UsageError(f"'{score}' scores no groups; choose {', '.join(SCORES)}.")
     weight = np.ones(cols) if inverse is None else 1 / np.asarray(inverse, np.float64)
     if weight.shape != (cols,) or not np.isfinite(weight).all() or (weight <= 0).any():
         raise UsageError(f"the diagonal of the inverse Hessian must be {cols} positive numbers.")
     starts = np.arange(0, cols, group)
-    if kind == "error":
+    if score == "error":
         delta = project(narrow.weight, w) - w
         square = np.einsum("nk,nk->k", delta, delta, dtype=np.float64)
         error: F64 = np.add.reduceat(square * weight, starts)
         return error
     spread = np.maximum.reduceat(w, starts, axis=1) - np.minimum.reduceat(w, starts, axis=1)
     found: F64 = spread.mean(axis=0, dtype=np.float64)
-    if kind == "hessian-range":
+    if score == "hessian-range":
         found = found * np.add.reduceat(weight, starts) / np.diff(np.append(starts, cols))
     return found
 
@@ -159,7 +159,7 @@ def wide_groups(
     block: int = 4,
     count: int = 1,
     inverse: Callable[[Site], F32] | None = None,
-    kind: str = "error",
+    score: str = "error",
 ) -> Allocation:
     """``cols(N: wide, narrow)`` for every site, N columns in the ``count`` best groups of every ``block``.
 
@@ -179,7 +179,7 @@ def wide_groups(
         if count in (0, block):
             best = aligned(np.zeros(groups), block, count)
         else:
-            scores = group_scores(read(site), narrower, group, inverse(site) if inverse else None, kind)
+            scores = group_scores(read(site), narrower, group, inverse(site) if inverse else None, score)
             best = aligned(scores, block, count)
         columns = (best[:, None] * group + np.arange(group)).ravel()
         columns = columns[columns < site.cols]
