@@ -1,7 +1,7 @@
 """Folders that appear under their name complete or not at all, and the work beside them that outlives a kill.
 
-A writer makes a hidden folder beside the one it was asked for, locks it, and renames what is finished. A lock tells more
-than a process number does: numbers are used again, and mean nothing to another container that shares the disk.
+A writer makes a hidden folder beside the one it was asked for, locks it, and renames what is finished. A lock tells
+more than a process number does: numbers are used again, and mean nothing to another container that shares the disk.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class Workplace:
 def workplace(out: str | os.PathLike[str]) -> Iterator[Workplace]:
     """A place to work on the folder `out`, with what an earlier run left there.
 
-    Made at once, so that a place that cannot be written is refused before any work. When the block ends, the workplace is
-    removed, except where `keep` was set: then the next run on the same name finds it. The lock goes with the process.
+    Made at once, so that a place that cannot be written is refused before any work. When the block ends, the workplace
+    is removed, except where `keep` is set: then the next run on the same name finds it. The lock goes with the process.
 
     Raises UsageError when `out` exists and is not an empty folder or when another process is writing it,
     ResourceError when the place cannot be written or is full.

@@ -35,8 +35,8 @@ class CheckError(GossamerError):
 def check(folder: Path, tokens: I32 | None = None) -> dict[str, Any]:
     """Loads a folder of ours, continues PROMPT by 16 tokens greedily, and looks at scales and logits.
 
-    ``tokens`` int32 [n] is a text whose logits must be numbers (the first 512; else the prompt's). Returns what a ledger
-    keeps of it. A model that does not fit into memory is checked by its scales alone, and the entry says so.
+    ``tokens`` int32 [n] is a text whose logits must be numbers (the first 512; else the prompt's). Returns what a
+    ledger keeps of it. A model that does not fit into memory is checked by its scales alone, and the entry says so.
 
     Raises CheckError, one sentence, for scales or logits that are not numbers and for scales that are all zero.
     """

@@ -25,7 +25,7 @@ from gossamer.errors import CheckpointError, UsageError
 from gossamer.formats.node import ALIGN
 from gossamer.models.config import shown
 
-__all__ = ["Journal", "Tensors", "dtype_name"]
+__all__ = ["Journal"]
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 
@@ -34,11 +34,6 @@ _NAMES = {"uint8": "U8", "uint16": "U16", "uint32": "U32", "int32": "I32", "int6
     "float32": "F32",
     "float64": "F64",
 }
-
-
-def dtype_name(array: npt.NDArray[Any]) -> str:
-    """The safetensors type of an array; bfloat16 travels as its bits."""
-    return _NAMES[array.dtype.name]
 
 
 class Journal:
@@ -113,14 +108,17 @@ class Journal:
         """The arrays of a finished part, memory-mapped."""
         return SafetensorsFile(self.folder / self._data["parts"][name]["file"])
 
-    def finish(self, name: str, tensors: Tensors, record: Mapping[str, Any]) -> None:
+    def finish(
+        self, name: str, tensors: Tensors, record: Mapping[str, Any], types: Mapping[str, str] | None = None
+    ) -> None:
         """Writes a part and vouches for it: after this it survives whatever happens to the process.
 
-        ``record`` holds JSON values. Raises ResourceError when the disk does not take it; earlier parts stay.
+        ``record`` holds JSON values, ``types`` the safetensors types of arrays whose own do not tell. Raises ResourceError when the disk does not take it; earlier parts stay.
         """
         path = self.folder / f"{name}.safetensors"
         partial = path.with_suffix(".unfinished")
-        specs: list[tuple[str, str, tuple[int, ...]]] = [(n, dtype_name(a), a.shape) for n, a in tensors.items()]
+        own = types or {}
+        specs = [(n, own.get(n) or _NAMES[a.dtype.name], tuple(a.shape)) for n, a in tensors.items()]
         with SafetensorsWriter(partial, specs, {"format": "gossamer part"}, ALIGN) as writer:
             for key, array in tensors.items():
                 writer.write(key, array)

@@ -89,7 +89,7 @@ def predict(
 
 
 def refuse_disk(place: str | Path, need: int, out: Path | None = None) -> None:
-    """Raises ResourceError when the file system of ``place`` (or of the nearest folder above it) lacks ``need`` bytes."""
+    """Raises ResourceError when the file system of ``place`` (or of the folder above it) lacks ``need`` bytes."""
     place = Path(place).absolute()
     told = out or place
     while not place.exists() and place != place.parent:
@@ -113,8 +113,8 @@ def refuse_memory(prediction: Prediction) -> None:
     need = prediction.peak_bytes - resident_bytes()
     if free is not None and need > free:
         raise ResourceError(
-            f"this run needs about {need / 1e6:.0f} MB of memory and {free / 1e6:.0f} MB are free; free some, calibrate "
-            "with fewer tokens (--calibration-tokens), or choose a recipe without calibration."
+            f"this run needs about {need / 1e6:.0f} MB of memory and {free / 1e6:.0f} MB are free; free some, "
+            "calibrate with fewer tokens, or choose a recipe without calibration."
         )
 
 
@@ -151,7 +151,8 @@ def _most_memory(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, calibration
     if recipe.calibrated:
         found.append(packed[topology.sites[0].name] + calibration_bytes(config, tokens, hessian=hessian))
         if calibration.text == SELF:
-            own = min(checkpoint.data_bytes, topology.parameters * 5 // 8 if checkpoint.data_bytes > 2 << 30 else 1 << 62)
+            # Large models write in 4 bits, as job.py says.
+            own = checkpoint.data_bytes if checkpoint.data_bytes <= 2 << 30 else topology.parameters * 5 // 8
             found.append(own + kv_bytes(config, 32 * calibration.length) + 32 * 4 * config.vocab)
     # A fit has the matrix, what is left of it, codes and errors; the factor of the Hessian is made in float64 up to
     # 8192 columns and in float32 beyond.
@@ -299,7 +300,7 @@ def _leaves(fmt: Format) -> list[Format]:
 
 def _product(kind: type) -> float:
     """Seconds for a multiplication and an addition in a product of matrices."""
-    a = np.ones((512, 512), kind)
+    a: npt.NDArray[Any] = np.ones((512, 512), kind)
     return _least(lambda: a @ a) / 512**3
 
 

@@ -28,7 +28,7 @@ import yaml
 from gossamer.compress.allocate.by_role import ROLES
 from gossamer.compress.schema import listed, read, unknown
 from gossamer.compress.solvers.options import SOLVERS, STEPS, Solver
-from gossamer.compress.steps import ALLOCATORS, TRANSFORMS, Mechanism, out_of_order
+from gossamer.compress.steps import ALLOCATORS, TRANSFORMS, Allocator, Transformer, out_of_order
 from gossamer.errors import UsageError
 from gossamer.models.config import shown
 
@@ -40,7 +40,12 @@ KEYS = (
     *("name", "title", "paper", "year", "link", "claims", "mechanism", "notes", "formats", "transforms", "allocate"),
     *("solver", "tables", "then", "needs", "calibration", "sequential"),
 )
-SECTIONS = {"transforms": TRANSFORMS, "allocate": ALLOCATORS, "solver": SOLVERS, "then": STEPS}
+SECTIONS: Mapping[str, Mapping[str, Any]] = {
+    "transforms": TRANSFORMS,
+    "allocate": ALLOCATORS,
+    "solver": SOLVERS,
+    "then": STEPS,
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def _plain(options: Any) -> dict[str, Any]:
 
 def _step(value: Any, where: str, section: str) -> Step:
     """``NAME`` or ``{name: NAME, option: value}``."""
-    table: Mapping[str, Mechanism] = SECTIONS[section]
+    table: Mapping[str, Transformer | Allocator] = TRANSFORMS if section == "transforms" else ALLOCATORS
     given = {"name": value} if isinstance(value, str) else value
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
         raise UsageError(f"{where} is {shown(value)}, which should be a name, or {{name: ..., options}}.")
@@ -101,7 +106,7 @@ def _formats(value: Any, where: str) -> dict[str, str]:
         if key not in ROLES and not (isinstance(key, str) and any(c in key for c in "*?[.")) and key != "lm_head":
             raise unknown(where, "role", str(key), ROLES)
     if "*" in list(value)[1:]:
-        raise UsageError(f"{where}: '*' hides what stands before it, since the last that matches counts; write it first.")
+        raise UsageError(f"{where}: '*' hides what stands before it, as the last that matches counts; write it first.")
     return dict(value)
 
 
@@ -148,8 +153,8 @@ class Recipe:
     allocate: Step = field(
         default=Step("by_role", ALLOCATORS["by_role"].options()), metadata=_by(partial(_step, section="allocate"))
     )
-    solver: Solver = Solver()
-    tables: Solver = Solver()
+    solver: Solver = field(default_factory=Solver)
+    tables: Solver = field(default_factory=Solver)
     declared: tuple[str, ...] = ()
     calibration: Calibration = Calibration()
     sequential: Literal["layer", "group", "none"] = "layer"
@@ -289,7 +294,7 @@ class _Loader(yaml.SafeLoader):
 
 def _yaml(text: str, where: str) -> dict[str, Any]:
     try:
-        data = yaml.load(text, _Loader)  # noqa: S506 - a safe loader, made stricter
+        data = yaml.load(text, _Loader)  # a safe loader, made stricter
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = " ".join(str(error.problem).split())

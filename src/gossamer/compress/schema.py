@@ -1,7 +1,7 @@
 """Strict reading of options into frozen dataclasses: what a class declares is all that a file may say.
 
-A field's type is what its value must be: str, bool, int, float, Literal, a tuple of one of them, a dataclass of its own,
-or one of these or None. A field whose metadata has "read", a function of (value, where), is read by that instead.
+A field's type is what its value must be: str, bool, int, float, Literal, a tuple of one of them, a dataclass of its
+own, or one of these or None. A field whose metadata has "read", a function of (value, where), is read by that instead.
 Ranges are the class's own matter, in ``__post_init__``.
 """
 

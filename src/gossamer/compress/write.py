@@ -1,4 +1,4 @@
-"""A model as a folder of ours: Hugging Face documents, packed arrays put together from finished parts, ``gossamer.json``.
+"""A model as a folder of ours: Hugging Face documents, ``gossamer.json``, packed arrays put together from parts.
 
 Parts are copied array by array, so memory stays small whatever their size; the file is in execution order.
 """
