@@ -119,6 +119,7 @@ def _ledger(checkpoint: Checkpoint, planned: Plan, recipe: dict[str, Any]) -> di
         "version": gossamer.__version__,
         "recipe": recipe,
         "formats": {name: str(fmt) for name, fmt in planned.formats.items()},
+        **({"biases": sorted(own)} if (own := checkpoint.config.own_biases) else {}),
         "cost": {},  # when all is written
         "source": {
             "file": checkpoint.path.name,
@@ -137,7 +138,7 @@ def _documents(checkpoint: Checkpoint) -> dict[str, str]:
     if tokenizer.eos_ids:
         generation["eos_token_id"] = list(tokenizer.eos_ids)
     return {
-        "config.json": _json(to_hf(checkpoint.config)),
+        "config.json": _json(to_hf(checkpoint.config.plain)),
         "tokenizer.json": tokenizer.to_json(),
         "tokenizer_config.json": _json(tokenizer.config()),
         "generation_config.json": _json(generation),
