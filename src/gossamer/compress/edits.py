@@ -121,7 +121,7 @@ class Edited(Checkpoint):
     def _add(self, edits: dict[str, list[Map]], name: str, m: Map) -> None:
         maps = edits.setdefault(name, [])
         if maps and isinstance(m, Diagonal) and isinstance(maps[-1], Diagonal):
-            maps[-1] = Diagonal(maps[-1].factors * m.factors)
+            maps[-1] = maps[-1].then(m)
         else:
             maps.append(m)
 

@@ -59,23 +59,33 @@ class Map(ABC):
 
 
 class Diagonal(Map):
-    """M = diag(factors): positive or negative numbers, none of them zero."""
+    """M = diag(factors), of any sign, none of them zero.
 
-    def __init__(self, factors: npt.NDArray[Any]) -> None:
+    With ``inverse`` a factor may be zero where nothing depends on the channel: weights are then multiplied by what
+    stands there, which may be zero too.
+    """
+
+    def __init__(self, factors: npt.NDArray[Any], inverse: npt.NDArray[Any] | None = None) -> None:
         self.factors = np.asarray(factors, np.float64)
         self.size, self.block = len(self.factors), 1
-        if self.factors.ndim != 1 or not np.isfinite(self.factors).all() or not self.factors.all():
+        sound = self.factors.ndim == 1 and bool(np.isfinite(self.factors).all())
+        if not sound or (inverse is None and not self.factors.all()):
             raise UsageError("the factors of a channel scaling must be finite and not zero; check the statistics.")
+        self.inverse = 1 / self.factors if inverse is None else np.asarray(inverse, np.float64)
 
     def rows(self, w: F64, first: int) -> F64:
         return w * self.factors[first : first + len(w), None]
 
     def columns(self, w: F64) -> F64:
-        return w / self.factors
+        return w * self.inverse
+
+    def then(self, other: Diagonal) -> Diagonal:
+        """This map, and the other after it."""
+        return Diagonal(self.factors * other.factors, self.inverse * other.inverse)
 
     @property
     def dual(self) -> Map:
-        return Diagonal(1 / self.factors)
+        return Diagonal(self.inverse, self.factors)
 
     @property
     def orthogonal(self) -> bool:

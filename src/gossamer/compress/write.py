@@ -86,6 +86,7 @@ def ledger(
         "version": gossamer.__version__,
         **chapters,
         "formats": {name: str(fmt) for name, fmt in formats.items()},
+        **({"biases": sorted(own)} if (own := checkpoint.config.own_biases) else {}),
         "cost": {"data_bytes": data_bytes, "bits_per_weight": bits},
         "source": {
             "file": checkpoint.path.name,
@@ -103,7 +104,7 @@ def documents(checkpoint: Checkpoint) -> dict[str, str]:
     if tokenizer.eos_ids:
         generation["eos_token_id"] = list(tokenizer.eos_ids)
     return {
-        "config.json": as_json(to_hf(checkpoint.config)),
+        "config.json": as_json(to_hf(checkpoint.config.plain)),
         "tokenizer.json": tokenizer.to_json(),
         "tokenizer_config.json": as_json(tokenizer.config()),
         "generation_config.json": as_json(generation),

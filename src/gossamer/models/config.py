@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -90,11 +90,22 @@ class Config:
                 )
 
     @property
+    def own_biases(self) -> frozenset[str]:
+        """Sites that have a bias though their role has none: somebody gave them one."""
+        return frozenset(name for name in self.biased if name not in ROLES)
+
+    @property
+    def plain(self) -> Config:
+        """The configuration without what no config.json can say."""
+        return replace(self, biased=self.biased - self.own_biases)
+
+    @property
     def scale(self) -> float:
         """What scores are multiplied with."""
         return self.attn_scale or 1 / math.sqrt(self.head_dim)
 
 
+ROLES = ("embed", "q", "k", "v", "o", "gate", "up", "down", "head")
 SIZES = ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "ffn", "context", "norm_eps")
 _MOST = 1 << 28  # far above any real size, and far below what overflows
 _MOST_LAYERS = 4096  # each layer is described by some twenty values

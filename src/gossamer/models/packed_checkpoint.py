@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class PackedFolder(InFolder):
         version = self.ledger.get("layout")
         if version != LAYOUT:
             raise UnsupportedError(f"{where} has layout version {shown(version)}; this release reads version {LAYOUT}.")
+        self.config = replace(self.config, biased=self.config.biased | self._own_biases(where))
         formats = self.ledger.get("formats")
         if not isinstance(formats, dict) or not all(isinstance(v, str) for v in formats.values()):
             raise CheckpointError(f"{where} has no 'formats' that map each site to an expression.")
@@ -68,6 +69,16 @@ class PackedFolder(InFolder):
                 self._check_array(f"{site.name}.{name}", field)
                 self._owner[f"{site.name}.{name}"] = site
         refuse_unknown(self.path.name, set(folder.tensors) - known - set(self._owner))
+
+    def _own_biases(self, where: str) -> frozenset[str]:
+        """Sites that were given a bias, which config.json has no words for."""
+        names = self.ledger.get("biases", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{where} has 'biases' that are not a list of sites.")
+        sites = {s.name for s in self.topology.sites if s.role != "embed"}
+        if surplus := sorted(set(names) - sites):
+            raise CheckpointError(f"{where} gives a bias to {shown(surplus[0])}, which is no site that takes one.")
+        return frozenset(names)
 
     def _check_array(self, name: str, field: Field) -> None:
         """Type and length of a packed array, as its header says: a gap is found before anything is loaded."""

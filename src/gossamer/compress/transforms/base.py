@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,9 +16,11 @@ from gossamer.errors import UsageError
 from gossamer.formats import SiteFormat
 from gossamer.models.topology import Site, Topology
 
-__all__ = ["Migrate", "Transform", "apply_all", "as_seen", "fed_by"]
+__all__ = ["PLACES", "Migrate", "Transform", "apply_all", "as_seen", "chosen_feeds", "fed_by", "place"]
 
 F64 = npt.NDArray[np.float64]
+
+PLACES = ("norm", "values", "hidden")  # norm -> what it feeds, values -> output, up -> down
 
 
 class Transform(ABC):
@@ -43,12 +46,16 @@ class Transform(ABC):
         """What ``fmt`` becomes at a site: folded transforms leave it as it is."""
         return fmt
 
+    def hints(self, site: Site) -> dict[str, Any]:
+        """What the node that ``format`` adds at a site is told when it is encoded (``formats.encode_with``)."""
+        return {}
+
     @abstractmethod
     def describe(self) -> str:
         """One line for the ledger."""
 
 
-def apply_all(transforms: list[Transform], edited: Edited) -> Edited:
+def apply_all(transforms: Iterable[Transform], edited: Edited) -> Edited:
     """Applies transforms in their order, and gives ``edited`` back."""
     for transform in transforms:
         transform.apply(edited)
@@ -91,6 +98,25 @@ def fed_by(topology: Topology, producer: str) -> tuple[str, ...]:
         if name == producer:
             return consumers
     raise UsageError(f"'{producer}' feeds no site alone, so nothing can be moved from it to what reads it.")
+
+
+def place(topology: Topology, producer: str) -> str:
+    """Which of PLACES a producer of ``Topology.feeds`` stands at."""
+    if any(v.name == producer for v in topology.vectors):
+        return "norm"
+    return "values" if topology.values_of(producer) else "hidden"
+
+
+def chosen_feeds(
+    topology: Topology, shares: Collection[str], places: Collection[str]
+) -> Iterator[tuple[str, list[Site]]]:
+    """(producer, consumers) of the feeds at ``places`` whose consumers read one of the inputs ``shares``."""
+    if unknown := sorted(set(places) - set(PLACES)):
+        raise UsageError(f"'{unknown[0]}' is no place to move scales at; the places are {', '.join(PLACES)}.")
+    for producer, names in topology.feeds:
+        consumers = [topology.site(name) for name in names]
+        if consumers[0].shares in shares and place(topology, producer) in places:
+            yield producer, consumers
 
 
 def as_seen(topology: Topology, producer: str, values: npt.NDArray[Any]) -> F64:
