@@ -21,12 +21,11 @@ from typing import Any
 from _common import claim, options
 from gossamer.checkpoints.gguf import GGUFFile
 from gossamer.checkpoints.names import resolve
-from gossamer.compress.write import compress
-from gossamer.engine.llm import chooser
+from gossamer.compress.job import compress
+from gossamer.compress.recipe import of_format
 from gossamer.evaluate.peer_gguf import write_random_gguf
 from gossamer.evaluate.shapes import SHAPES
 from gossamer.evaluate.turns import rate
-from gossamer.formats import parse
 from gossamer.models.checkpoint import open_checkpoint
 
 LOAD = """
@@ -70,9 +69,8 @@ def main() -> None:
         source, folder = Path(place) / "source.gguf", Path(place) / "packed"
         write_random_gguf(config, source, vocabulary(config.vocab))
         checkpoint = open_checkpoint(source)
-        keep = [("embed", parse("int8/g32")), ("head", parse("int8/g32"))][: 1 if config.tied else 2]
-        choose = chooser(parse(args.format), keep, checkpoint.topology)
-        compress(checkpoint, folder, choose, recipe={"name": "rtn"})
+        keep = [("embed", "int8/g32"), ("head", "int8/g32")][: 1 if config.tied else 2]
+        compress(checkpoint, folder, of_format(args.format), keep=keep)
         source.unlink()
         runs = []
         for _ in range(1 + args.repetitions):

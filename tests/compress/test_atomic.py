@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import contents, everything
 
 from gossamer.checkpoints.gguf import GGUFFile
-from gossamer.compress.write import Written, compress
+from gossamer.compress.job import Written, compress
+from gossamer.compress.preflight import Prediction
+from gossamer.compress.recipe import of_format
+from gossamer.compress.watch import Watch
 from gossamer.errors import CheckpointError, FormatError, ResourceError, UsageError
-from gossamer.formats import parse
 from gossamer.models.checkpoint import open_checkpoint
-from gossamer.models.load import Plan, Progress
+from gossamer.models.load import Progress
+
+
+class Steps(Watch):
+    """Tells a function what is done of the fitting."""
+
+    def __init__(self, tell: Progress | None) -> None:
+        self.tell = tell or (lambda done, total: None)
+
+    @contextmanager
+    def phase(self, what: str) -> Iterator[Progress]:
+        yield self.tell if what == "compressing" else lambda done, total: None
 
 
 def write(source: Path, out: Path, fmt: str = "int4/g32", progress: Progress | None = None) -> Written:
-    return compress(open_checkpoint(source), out, lambda site: parse(fmt), recipe={}, progress=progress)
-
-
-def everything(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+    return compress(open_checkpoint(source), out, of_format(fmt), watch=Steps(progress))
 
 
 # ---------------------------------------------------------------- the place
@@ -35,18 +47,16 @@ def test_the_place_is_tried_before_the_work(
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     if place == "small":
-        monkeypatch.setattr(os, "fstatvfs", lambda fd: NearlyFull())
-    begun: list[Plan] = []
+        monkeypatch.setattr(os, "statvfs", lambda path: NearlyFull())
     with pytest.raises((UsageError, ResourceError), match=rf"{place} (exists already|cannot be written)"):
-        compress(open_checkpoint(tiny), tmp_path / place, lambda site: None, recipe={}, before_write=begun.append)
-    assert begun == []
+        write(tiny, tmp_path / place, progress=lambda done, total: pytest.fail("the work began"))
     assert everything(tmp_path) == ["taken", "taken/file"]
 
 
 class NearlyFull:
     """What a file system of 20 free blocks says of itself."""
 
-    f_blocks, f_bavail, f_frsize = 1000, 20, 4096
+    f_blocks, f_bavail, f_frsize, f_bsize = 1000, 20, 4096, 4096
 
 
 def test_what_exists_is_refused_and_left_alone(tiny: Path, tmp_path: Path) -> None:
@@ -96,15 +106,30 @@ def test_a_place_that_takes_no_folders_is_refused(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, MemoryError, ValueError])
-def test_nothing_is_left_when_the_work_is_stopped(tiny: Path, tmp_path: Path, kind: type[BaseException]) -> None:
+def test_what_is_finished_is_kept_when_the_work_is_stopped(
+    tiny: Path, tmp_path: Path, kind: type[BaseException]
+) -> None:
     def stop(done: int, total: int) -> None:
-        assert [p.name for p in tmp_path.iterdir()] == ["new"]
-        assert all(p.name.startswith(".") for p in (tmp_path / "new").iterdir())
+        assert [p.name for p in (tmp_path / "new").iterdir()] == [".out.partial"]
         if done == total // 2:
             raise kind
 
     with pytest.raises(kind):
         write(tiny, tmp_path / "new" / "out", progress=stop)
+    assert {"embed.safetensors", "journal.json"} <= set(everything(tmp_path / "new" / ".out.partial"))
+    done = write(tiny, tmp_path / "new" / "out")
+    assert done.resumed
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
+    assert contents(done.path) == contents(write(tiny, tmp_path / "whole").path)
+
+
+def test_nothing_is_left_when_nothing_was_finished(tiny: Path, tmp_path: Path) -> None:
+    class Stopped(Watch):
+        def predicted(self, prediction: Prediction) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(open_checkpoint(tiny), tmp_path / "new" / "out", of_format("int4/g32"), watch=Stopped())
     assert everything(tmp_path) == []
 
 
@@ -131,8 +156,8 @@ def test_nothing_is_left_of_weights_that_are_no_numbers(tiny: Path, tmp_path: Pa
     assert everything(tmp_path) == ["norm.gguf", "scale.gguf"]
 
 
-@pytest.mark.parametrize("good", [0, 1, 7, 28])
-def test_nothing_is_left_when_the_disk_fills_up(
+@pytest.mark.parametrize("good", [0, 5, 40, 60])
+def test_a_disk_that_fills_up_loses_nothing_that_is_finished(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: int
 ) -> None:
     real, calls = os.pwrite, 0
@@ -144,17 +169,21 @@ def test_nothing_is_left_when_the_disk_fills_up(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*args)
 
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(ResourceError, match=f"^{tmp_path}/out cannot be written: the disk is full"):
-        write(tiny, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with pytest.raises(ResourceError, match=f"^{tmp_path}/out cannot be written: the disk is full") as caught:
+            write(tiny, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert ".partial" not in str(caught.value)
     assert calls == good + 1
-    assert everything(tmp_path) == []
+    assert (tmp_path / ".out.partial").exists() == (good > 0)
+    assert not (tmp_path / "out").exists()
+    assert write(tiny, tmp_path / "out").resumed == (good > 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "gossamer.json"])
-def test_nothing_is_left_when_the_last_files_do_not_fit(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
-) -> None:
+def test_the_last_files_do_not_fit(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     real = Path.write_text
 
     def write_text(self: Path, *args: Any, **options: Any) -> int:
@@ -162,7 +191,9 @@ def test_nothing_is_left_when_the_last_files_do_not_fit(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
         return real(self, *args, **options)
 
-    monkeypatch.setattr(Path, "write_text", write_text)
-    with pytest.raises(ResourceError, match=f"^{tmp_path}/out cannot be written: the disk is full"):
-        write(tiny, tmp_path / "out")
-    assert everything(tmp_path) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_text)
+        with pytest.raises(ResourceError, match=f"^{tmp_path}/out cannot be written: the disk is full"):
+            write(tiny, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == [".out.partial"]
+    assert write(tiny, tmp_path / "out").resumed

@@ -12,8 +12,8 @@ from test_write import check_logits, check_size, write
 
 from gossamer import LLM
 from gossamer.checkpoints.safetensors import SafetensorsFile
-from gossamer.compress.write import compress
-from gossamer.engine.llm import chooser
+from gossamer.compress.job import compress
+from gossamer.compress.recipe import of_format
 from gossamer.formats import Composite, parse
 from gossamer.models.checkpoint import open_checkpoint
 
@@ -73,13 +73,9 @@ def test_the_table_too(text: str, tiny: Path, tmp_path: Path) -> None:
 
 def test_what_was_written_is_counted(tiny: Path, tmp_path: Path) -> None:
     """How many entries a mask stores follows from the weights, and the ledger says what there is."""
-    begun = []
-    checkpoint = open_checkpoint(tiny)
-    fmt = parse("int4/g32 + mask(2%: f16)")
-    choose = chooser(fmt, (), checkpoint.topology)
-    done = compress(checkpoint, tmp_path / "out", choose, recipe={}, before_write=begun.append)
+    done = compress(open_checkpoint(tiny), tmp_path / "out", of_format("int4/g32 + mask(2%: f16)"))
     check_size(done)
-    (planned,) = begun
+    planned = done.predicted
     assert 0.5 * done.data_bytes < planned.data_bytes < 2 * done.data_bytes
     assert planned.data_bytes != done.data_bytes
     loaded = LLM(done.path).loaded

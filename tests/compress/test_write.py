@@ -12,16 +12,19 @@ import pytest
 import safetensors
 import tiny_gguf
 import tiny_models
+from folders import contents
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from gossamer import LLM, ops
 from gossamer.checkpoints.safetensors import SafetensorsFile
-from gossamer.compress.write import Written, compress
+from gossamer.compress.job import Written, compress
+from gossamer.compress.preflight import Prediction
+from gossamer.compress.recipe import of_format
+from gossamer.compress.watch import Watch
 from gossamer.engine.llm import chooser
 from gossamer.errors import UnsupportedError, UsageError
 from gossamer.formats import parse
 from gossamer.models.checkpoint import Checkpoint, open_checkpoint
-from gossamer.models.load import Plan
 
 Keep = Sequence[tuple[str, str]]
 
@@ -46,8 +49,14 @@ NAMES = (
 
 def write(source: Path | Checkpoint, out: Path, fmt: str = "int4/g32 @ int8/token", keep: Keep = MIXED) -> Written:
     checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
-    choose = chooser(parse(fmt), [(p, parse(f)) for p, f in keep], checkpoint.topology)
-    return compress(checkpoint, out, choose, recipe={"name": "rtn", "format": fmt})
+    return compress(checkpoint, out, of_format(fmt), keep=keep)
+
+
+class Refusing(Watch):
+    """The work must not begin."""
+
+    def predicted(self, prediction: Prediction) -> None:
+        raise AssertionError("the work began")
 
 
 def check_size(done: Written) -> None:
@@ -128,7 +137,8 @@ def test_a_folder_of_ours_again(tiny: Path, tmp_path: Path) -> None:
     check_logits(first.path, second, "int4/g64", (("embed", "int8/g32"),), range(200))
     source = json.loads((second.path / "gossamer.json").read_text())["source"]
     assert source["kind"] == "gossamer"
-    assert source["recipe"]["format"] == "int8/g32"
+    assert source["recipe"]["formats"] == {"*": "int8/g32"}
+    assert "sites" not in source
     assert source["source"]["general.name"] == "tiny"
 
 
@@ -146,8 +156,7 @@ def test_bytes_do_not_depend_on_the_threads(tiny: Path, tmp_path: Path) -> None:
             write(tiny, tmp_path / str(threads))
     finally:
         ops.set_threads(before)
-    for file in (tmp_path / "1").iterdir():
-        assert file.read_bytes() == (tmp_path / "3" / file.name).read_bytes(), file.name
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
 # ---------------------------------------------------------------- what others read
@@ -224,8 +233,6 @@ def test_a_pattern_that_matches_nothing_is_refused(tiny: Path, pattern: str) -> 
 def test_what_a_configuration_cannot_say_is_refused_before_any_work(tmp_path: Path) -> None:
     source = tiny_gguf.write(tmp_path / "odd.gguf", q_bias=True)
     checkpoint = open_checkpoint(source)
-    begun: list[Plan] = []
     with pytest.raises(UnsupportedError, match="cannot be written as a folder"):
-        compress(checkpoint, tmp_path / "out", lambda site: None, recipe={}, before_write=begun.append)
-    assert begun == []
+        compress(checkpoint, tmp_path / "out", of_format(None), watch=Refusing())
     assert [f.name for f in tmp_path.iterdir()] == ["odd.gguf"]

@@ -23,9 +23,8 @@ import torch
 import transformers
 
 from gossamer import LLM
-from gossamer.compress.write import compress
-from gossamer.engine.llm import chooser
-from gossamer.formats import parse
+from gossamer.compress.job import compress
+from gossamer.compress.recipe import of_format
 from gossamer.models.checkpoint import open_checkpoint
 
 STEPS = 64
@@ -208,8 +207,7 @@ def tiny_rows(tiny: tiny_models.Tiny) -> Iterator[Row]:
         folder = tiny_models.write_folder(model, Path(temporary) / "theirs")
         yield compare(load(folder), found, tiny.name, "folder, F32")
         checkpoint = open_checkpoint(folder)
-        choose = chooser(parse("f32 @ f32"), (), checkpoint.topology)
-        compress(checkpoint, Path(temporary) / "ours", choose, recipe={})
+        compress(checkpoint, Path(temporary) / "ours", of_format("f32 @ f32"))
         yield compare(load(Path(temporary) / "ours"), found, tiny.name, "compressed folder, f32")
         if tiny.gguf:
             file = tiny_models.write_gguf(model, tiny.gguf, Path(temporary) / "model.gguf")

@@ -13,10 +13,9 @@ import pytest
 
 from gossamer.checkpoints.safetensors import SafetensorsFile
 from gossamer.checkpoints.safetensors_writer import SafetensorsWriter
-from gossamer.compress.write import compress
-from gossamer.engine.llm import chooser
+from gossamer.compress.job import compress
+from gossamer.compress.recipe import of_format
 from gossamer.errors import CheckpointError, GossamerError
-from gossamer.formats import parse
 from gossamer.models.checkpoint import open_checkpoint
 from gossamer.models.load import Loaded, load, plan
 
@@ -44,8 +43,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tiny_models.write_folder(model, tmp_path_factory.mktemp("theirs") / "tiny")
     out = tmp_path_factory.mktemp("ours") / "packed"
     checkpoint = open_checkpoint(source)
-    keep = [(name, parse(text)) for name, text in FORMATS.items()]
-    compress(checkpoint, out, chooser(parse("int4/g32"), keep, checkpoint.topology), recipe={})
+    compress(checkpoint, out, of_format("int4/g32"), keep=list(FORMATS.items()))
     fully(out)
     return out
 

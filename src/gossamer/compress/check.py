@@ -55,14 +55,14 @@ def check(folder: Path, tokens: I32 | None = None) -> dict[str, Any]:
     if free is not None and need > free:
         return {"generated": None, "why": f"the model needs {need / 1e6:.0f} MB to run and {free / 1e6:.0f} are free"}
     llm = LLM(checkpoint, context=context)
-    prompt = llm.tokenizer.encode(PROMPT)[: context - TOKENS - 1]
+    prompt = llm.tokenizer.encode(PROMPT)[: context // 2] or [0]
     ids = list(prompt if tokens is None else tokens[: context - 1])
     sequence = llm.new_sequence(context)
     for hidden in llm.hidden(ids, sequence):
         for start in range(0, len(hidden), HEAD_ROWS):
             if not np.isfinite(llm.transformer.logits(hidden[start : start + HEAD_ROWS], copy=False)).all():
                 raise CheckError("the check failed: the model's logits are not all numbers.")
-    answer = llm.generate(prompt, max_tokens=TOKENS)
+    answer = llm.generate(prompt, max_tokens=min(TOKENS, context - len(prompt)))
     return {"prompt": PROMPT, "generated": answer.text, "tokens": answer.tokens}
 
 

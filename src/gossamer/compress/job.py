@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,10 +21,10 @@ from gossamer.compress.calibrate import fingerprint
 from gossamer.compress.calibration_text import SELF, CalibrationText, calibration_text
 from gossamer.compress.preflight import Prediction, predict, refuse_disk, refuse_memory
 from gossamer.compress.recipe import Calibration, Recipe
-from gossamer.compress.run import OUT, Run, Written
+from gossamer.compress.run import Run, Written
 from gossamer.compress.steps import ALLOCATORS
 from gossamer.compress.watch import SILENT, Watch
-from gossamer.compress.write import WEIGHTS, documents
+from gossamer.compress.write import documents
 from gossamer.engine.llm import chooser
 from gossamer.errors import CheckpointError, FormatError, ResourceError
 from gossamer.formats import SiteFormat, parse
@@ -171,6 +172,4 @@ def compress(
 
 def _told(message: str, place: Workplace) -> str:
     """A message about the workplace, which means nothing to a person, as one about the folder that was asked for."""
-    for inside in (place.folder / OUT / WEIGHTS, place.folder / OUT, *sorted(place.folder.glob("*.*"))):
-        message = message.replace(str(inside), str(place.out))
-    return message
+    return re.sub(re.escape(str(place.folder)) + r"[\w./-]*", lambda _: str(place.out), message)

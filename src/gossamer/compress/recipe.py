@@ -236,13 +236,14 @@ def load(name: str) -> Recipe:
         raise UsageError(f"the recipe {path} is not UTF-8; save it as such.") from None
 
 
-def of_format(expression: str, recipe: Recipe | None = None) -> Recipe:
+def of_format(expression: str | None, recipe: Recipe | None = None) -> Recipe:
     """``recipe`` with ``expression`` as its format "*"; without one plain rounding (``rtn``) of every site to it.
 
-    Raises UsageError where the recipe gives formats in another way, so that one expression cannot stand for them.
+    None stands for the formats that the checkpoint has. Raises UsageError where the recipe gives formats in another way,
+    so that one expression cannot stand for them.
     """
     if recipe is None:
-        return replace(load("rtn"), formats={"*": expression})
+        return replace(load("rtn"), formats={} if expression is None else {"*": expression})
     if "*" not in recipe.formats or recipe.allocate.name != "by_role":
         raise UsageError(
             f"--format {expression} cannot stand for the formats of the recipe {recipe.name}, which gives several; "

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from gossamer.checkpoints.place import Workplace
 from gossamer.compress import allocation, transforming
-from gossamer.compress.calibrate import calibrate, fingerprint
+from gossamer.compress.calibrate import calibrate
 from gossamer.compress.check import check
 from gossamer.compress.edits import Edited
 from gossamer.compress.fit import Fitted, fit, read_site
@@ -280,8 +280,7 @@ class Run:
         folder.mkdir()
         data_bytes = put_together(folder, self.checkpoint, self.stored)
         formats = {site.name: self.formats[site.name] for site in self.checkpoint.topology.sites}
-        content = ledger(self.checkpoint, formats, data_bytes, **self._chapters())
-        content["source"]["fingerprint"] = fingerprint(self.job.checkpoint)
+        content = ledger(self.checkpoint, self.job.checkpoint, formats, data_bytes, **self._chapters())
         for file, text in {**documents(self.checkpoint), "gossamer.json": as_json(content)}.items():
             (folder / file).write_text(text, encoding="utf-8")
         try:

@@ -16,6 +16,7 @@ import numpy as np
 import gossamer
 from gossamer.checkpoints.safetensors import SafetensorsFile
 from gossamer.checkpoints.safetensors_writer import SafetensorsWriter
+from gossamer.compress.calibrate import fingerprint
 from gossamer.formats import Packed, SiteFormat
 from gossamer.formats.node import ALIGN
 from gossamer.models.checkpoint import Checkpoint
@@ -77,9 +78,9 @@ def put_together(folder: Path, checkpoint: Checkpoint, stored: Mapping[str, Stor
 
 
 def ledger(
-    checkpoint: Checkpoint, formats: Mapping[str, SiteFormat], data_bytes: int, **chapters: Any
+    checkpoint: Checkpoint, source: Checkpoint, formats: Mapping[str, SiteFormat], data_bytes: int, **chapters: Any
 ) -> dict[str, Any]:
-    """What ``gossamer.json`` says: layout, recipe and the other ``chapters``, formats, sizes, the source."""
+    """What ``gossamer.json`` says of ``checkpoint``, made from ``source``: layout, ``chapters``, formats, sizes."""
     bits = 8 * data_bytes / checkpoint.topology.parameters
     return {
         "layout": LAYOUT,
@@ -89,10 +90,11 @@ def ledger(
         **({"biases": sorted(own)} if (own := checkpoint.config.own_biases) else {}),
         "cost": {"data_bytes": data_bytes, "bits_per_weight": bits},
         "source": {
-            "file": checkpoint.path.name,
-            "kind": checkpoint.kind,
-            "bytes": checkpoint.total_bytes,
-            **checkpoint.provenance(),
+            "file": source.path.name,
+            "kind": source.kind,
+            "bytes": source.total_bytes,
+            "fingerprint": fingerprint(source),
+            **source.provenance(),
         },
     }
 

@@ -124,4 +124,5 @@ class PackedFolder(InFolder):
             yield StoredTensor(name, info.dtype, info.shape, info.nbytes, runs)
 
     def provenance(self) -> dict[str, Any]:
-        return {k: v for k, v in self.ledger.items() if k not in ("formats", "sites")}
+        large = ("formats", "sites", "check", "predicted", "measured")
+        return {k: v for k, v in self.ledger.items() if k not in large}
