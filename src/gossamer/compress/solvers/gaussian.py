@@ -12,6 +12,8 @@ from gossamer.formats.numbers import Number
 
 __all__ = ["normal_error", "normal_steps"]
 
+SCAN = 60  # scales looked at before the search, each 5 % smaller
+
 
 def _sorted_values(number: Number) -> list[float]:
     values = number.values[: number.levels].astype(np.float64)
@@ -42,11 +44,11 @@ def _density(x: float) -> float:
 def normal_steps(number: Number) -> float:
     """The scale s of least ``normal_error``: a fine scan, then golden section around its minimum."""
     widest = 8.0 / number.largest if number.family != "uint" else 16.0 / number.largest
-    tried = [widest * (i + 1) / 200 for i in range(200)]
-    best = min(range(200), key=lambda i: normal_error(number, tried[i]))
-    low, high = tried[max(best - 1, 0)], tried[min(best + 1, 199)]
+    tried = [widest * 0.95**i for i in range(SCAN)]
+    best = min(range(SCAN), key=lambda i: normal_error(number, tried[i]))
+    low, high = tried[min(best + 1, SCAN - 1)], tried[max(best - 1, 0)]
     golden = (math.sqrt(5) - 1) / 2
-    for _ in range(60):
+    for _ in range(30):
         a, b = high - golden * (high - low), low + golden * (high - low)
         if normal_error(number, a) < normal_error(number, b):
             high = b

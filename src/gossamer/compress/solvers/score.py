@@ -83,6 +83,11 @@ class Score:
     def errors(self, s: F32, z: F32 | None, m: F32 | None) -> F32:
         """Of each row and group, float32 [rows, groups], with scales and minima [row tiles, groups]."""
         found = np.empty((self.shape[0], self.groups), np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # weights beyond 1e19: no range is better than the first
+            self._errors(found, s, z, m)
+        return found
+
+    def _errors(self, found: F32, s: F32, z: F32 | None, m: F32 | None) -> None:
         for r in self._steps():
             x = self._rows(r)
             t = self.tile_of[r]
@@ -96,7 +101,6 @@ class Score:
                 x = np.abs(x, out=x) ** np.float32(self.norm)
                 counts = self._columns if self._each is None else self._importance(r)
                 found[r] = x.sum(axis=-1) if counts is None else (x * counts).sum(axis=-1)
-        return found
 
     def _weighted(self, y: F32, r: slice) -> F32:
         """y [n, groups, width] times the root of what it counts, so that sums of squares are what is minimized."""
@@ -107,31 +111,37 @@ class Score:
             return y * np.sqrt(self._importance(r))
         return y if self._columns is None else y * np.sqrt(self._columns)
 
-    def least_squares(self, s: F32, z: F32 | None, m: F32 | None) -> tuple[F64, F64 | None]:
-        """The scales, and minima, [row tiles, groups], of least weighted squared error for the nearest codes; the
-        given ones where the codes do not determine any, or only scales of the other sign."""
+    def least_squares(self, s: F32, z: F32 | None, m: F32 | None, keep_m: bool = False) -> tuple[F64, F64 | None]:
+        """The scales, and (but for ``keep_m``) minima, [row tiles, groups], of least weighted squared error for the
+        nearest codes; the given ones where the codes do not determine any, or only scales of the other sign."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._least_squares(s, z, m, keep_m)
+
+    def _least_squares(self, s: F32, z: F32 | None, m: F32 | None, keep_m: bool) -> tuple[F64, F64 | None]:
         number = self.fmt.number
-        sums = np.zeros((5 if m is not None else 2, self.shape[0], self.groups))
+        sums = np.zeros((2 if m is None or keep_m else 5, self.shape[0], self.groups))
         one = np.float32(1)
         for r in self._steps():
             x = self._rows(r)
             codes = self._codes(x, r, s, z, m)
             if m is not None:
                 u = codes.astype(np.float32)
+                if keep_m:
+                    x = x + m[self.tile_of[r]][..., None]
             else:
                 zeros = None if z is None else z[r][..., None]
                 u = fit.values(number, codes, np.ones((1, 1, 1), np.float32), zeros, None)
             a, b = self._weighted(x, r), self._weighted(u, r)
             sums[:2, r] = np.einsum("ngw,ngw->ng", a, b), np.einsum("ngw,ngw->ng", b, b)
-            if m is not None:
+            if m is not None and not keep_m:
                 o = self._weighted(np.broadcast_to(one, x.shape), r)
                 pairs = ((a, o), (b, o), (o, o))
                 sums[2:, r] = [np.einsum("ngw,ngw->ng", p, q) for p, q in pairs]
         total = np.stack([self.tiles(p) for p in sums])
-        if m is None:
+        if m is None or keep_m:
             xu, uu = total
             best = xu / np.where(uu > 0, uu, 1)
-            return np.where((uu > 0) & (best * s > 0), best, s), None
+            return np.where((uu > 0) & (best * s > 0), best, s), None if m is None else m.astype(np.float64)
         xu, uu, xo, uo, oo = total
         determinant = uu * oo - uo * uo
         sound = determinant > 1e-6 * uu * oo

@@ -26,9 +26,9 @@ F64 = npt.NDArray[np.float64]
 class Search:
     """How ranges are searched.
 
-    by: "error" tries ``steps`` ranges of each group, from the whole one down to ``lowest`` of it, and keeps the one of
-    least sum importance * |error|^norm; "normal" takes the scale that is best for normal weights of the group's rms
-    (QuEST, Panferov et al. 2025), which "error" tries too.
+    by: "error" tries ``steps`` ranges of each group, from the whole one (1: no other) to ``lowest`` of it, and keeps
+    the one of least sum importance * |error|^norm; "normal" takes the scale that is best for normal weights of the
+    group's rms (QuEST, Panferov et al. 2025), which "error" tries too.
     refine: rounds in which the least-squares scale (and minimum) of the codes, the zero points beside, and the stored
     neighbours of coarse scales are tried; each is kept where it lowers the error.
     rounding: of coarse scales (powers of two, e4m3, nested formats): "nearest", "ceil" (ranges are never cut), or
@@ -76,7 +76,15 @@ def fit_grid(fmt: Coded, w: F32, importance: F32 | None = None, *, search: Searc
         for _ in range(search.refine):
             _least_squares(fmt, at, score, rounding)
             _zero_points(fmt, at, score)
-    return _stored(fmt, at, score, search)
+    grid = _stored(fmt, at, score, search)
+    if isinstance(fmt.scale, Coded) or isinstance(fmt.minimum, Coded):
+        # What each group would like best need not be what a format of all groups' scales holds best.
+        plain = absmax(fmt, w)
+        first = score.first_rows
+        error = score.errors(plain.s[first], plain.z, None if plain.m is None else plain.m[first])
+        if error.sum(dtype=np.float64) < at.error.sum(dtype=np.float64):
+            return plain
+    return grid
 
 
 def absmax(fmt: Coded, w: F32) -> Grid:
@@ -174,7 +182,7 @@ def _tried(fmt: Coded, base: Grid, score: Score, search: Search) -> _At:
         else:
             at.keep(score, s, base.z, mins, error)
     assert at is not None
-    if number.family != "uint" or at.z is not None or at.m is not None:
+    if search.steps > 1 and (number.family != "uint" or at.z is not None or at.m is not None):
         normal = _normal(fmt, score, search.rounding)  # far below the range of the others where an extreme is alone
         at.keep(score, normal.s, normal.z, normal.m, normal.error)
     if fit.signed(fmt, False) and number.family == "int":  # the longer side of the codes may belong to the other end
@@ -220,6 +228,10 @@ def _stored(fmt: Coded, at: _At, score: Score, search: Search) -> Grid:
     """The grid as it is stored: coarse scales and minima are fixed first, then what depends on them."""
     mins = None if at.m is None else store_mins(fmt, at.m.astype(np.float64))
     m = None if mins is None else mins.single
+    if coarse(fmt.minimum):  # the scales for what the minima became
+        at.m, at.error = m, score.errors(at.s, at.z, m)
+        best = score.least_squares(at.s, at.z, m, keep_m=True)[0].astype(np.float32)
+        at.keep(score, best, at.z, m, score.errors(best, at.z, m))
     steps = store_scales(fmt, at.s.astype(np.float64), m, search.rounding)
     if at.z is not None:  # zero stays where it was
         s = score.spread(np.where(steps.single == 0, 1, at.s / np.where(steps.single == 0, 1, steps.single)))
