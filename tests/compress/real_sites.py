@@ -17,7 +17,7 @@ from gossamer.models.checkpoint import open_checkpoint
 
 LAYERS = 2
 LENGTH = 512  # tokens of a sequence
-CALIBRATION = 4  # sequences; two more are held out
+SEQUENCES = 10  # every fifth one is held out
 TEXT = Path(__file__).parents[2] / "docs"
 
 
@@ -63,8 +63,8 @@ def real_sites(path: Path) -> dict[str, RealSite]:
 
     gains = {v.name: model.vector(v) for v in topology.vectors}
     text = "\n\n".join(p.read_text() for p in sorted(TEXT.glob("*.md")))
-    tokens = model.tokenizer().encode(text)[: (CALIBRATION + 2) * LENGTH]
-    assert len(tokens) == (CALIBRATION + 2) * LENGTH
+    tokens = model.tokenizer().encode(text)[: SEQUENCES * LENGTH]
+    assert len(tokens) == SEQUENCES * LENGTH
     h = weight("model.embed_tokens")[tokens].reshape(-1, LENGTH, c.hidden)
     d = c.head_dim
     angle = np.arange(LENGTH)[:, None] * c.ropes[0].theta ** (-np.arange(0, d, 2) / d)
@@ -104,9 +104,9 @@ def real_sites(path: Path) -> dict[str, RealSite]:
     for name, x in seen.items():
         w = weight(f"model.layers.{LAYERS - 1}.{name}")
         columns, rows = (np.exp(rng.uniform(np.log(0.75), np.log(1.33), n)) for n in (w.shape[1], w.shape[0]))
-        x = (x.reshape(-1, w.shape[1]) / columns).astype(np.float32)
+        x = (x / columns).astype(np.float32)
         w = (w * columns * rows[:, None]).astype(np.float32)
-        found[name.split(".")[1].removesuffix("_proj")] = RealSite(
-            w, statistics(x[: CALIBRATION * LENGTH]), x[CALIBRATION * LENGTH :]
-        )
+        held_out = np.arange(SEQUENCES) % 5 == 4
+        stats, fresh = statistics(x[~held_out].reshape(-1, w.shape[1])), x[held_out].reshape(-1, w.shape[1])
+        found[name.split(".")[1].removesuffix("_proj")] = RealSite(w, stats, fresh)
     return found

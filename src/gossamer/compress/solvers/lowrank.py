@@ -92,11 +92,13 @@ def root(hessian: F32, where: str, log: list[str] | None = None) -> npt.NDArray[
 
     A larger damping than the first is logged. Raises UsageError where even a hundredth of the mean is too little.
     """
-    if not np.isfinite(hessian).all():
-        raise UsageError(f"the second moments of the input of {where} hold a NaN or an infinity; calibrate again.")
+    if not np.isfinite(hessian).all() or np.diagonal(hessian).min() < 0:
+        raise UsageError(
+            f"the second moments of the input of {where} hold a NaN, an infinity or a negative variance; calibrate again."
+        )
     h = hessian.astype(np.float64)
     mean = float(np.trace(h)) / len(h)
-    if mean <= 0:
+    if mean == 0:
         return np.eye(len(h))  # an input that is always zero: nothing to weigh
     diagonal = np.einsum("ii->i", h)
     damping, added = DAMPING, 0.0

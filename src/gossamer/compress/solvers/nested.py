@@ -25,13 +25,12 @@ from gossamer.formats.composite import refuse_infinite
 __all__ = ["PROTECTIVE", "dual", "planes", "progressive"]
 
 F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 
 PROTECTIVE = 119  # |int8| codes of the first level: then no group of the second leaves -128..127
 BYTE = 127
-ROWS = 256  # worked on at once
+ROWS = 128  # worked on at once
 FINE = 1.02 - 0.011 * np.arange(1, 21)  # DGQ's candidate ranges of a group
 COARSE = 1.02 - 0.01025 * np.arange(1, 81)  # and of a row
 
@@ -59,29 +58,27 @@ def planes(
     refuse_infinite(w, terms[0], where)
     upper = None
     if hessian is not None:
-        dead, order = check_hessian(hessian, cols, where), np.arange(cols)
-        upper = damped(
-            lambda more: inverse_factor(hessian, order, dead, more), hessian, damping, where, [] if log is None else log
-        )
+        dead, order, log = check_hessian(hessian, cols, where), np.arange(cols), [] if log is None else log
+        upper = damped(lambda more: inverse_factor(hessian, order, dead, more), hessian, damping, where, log)
         square = np.ascontiguousarray(np.diagonal(hessian)) if square is None else square
     kept = np.zeros_like(w)
-    found = []
+    found: list[Packed] = []
     for term in terms:
         term.check(rows, cols)
-        grid = fit_grid(term, w - kept, square, search=search)
+        rest = w - kept
+        grid = fit_grid(term, rest, square, search=search)
         codes = np.empty(w.shape, np.uint8)
-        current = w.copy() if upper is not None else w
         for c in range(0, cols, block):
             some = slice(c, min(cols, c + block))
-            rest = current[:, some] - kept[:, some]
+            here = np.ascontiguousarray(rest[:, some])
             if _signs(term) and block % grid.width == 0:
-                _fit_signs(grid, rest, None if square is None else square[some], c // grid.width)
-            codes[:, some], values = grid.nearest(rest, some)
+                _fit_signs(grid, here, None if square is None else square[some], c // grid.width)
+            codes[:, some], values = grid.nearest(here, some)
             kept[:, some] += values
             if upper is not None and some.stop < cols:
-                error = (current[:, some] - kept[:, some]).astype(np.float64)
-                scaled = np.linalg.solve(upper[some, some].T.astype(np.float64), error.T).T.astype(np.float32)
-                current[:, some.stop :] -= scaled @ upper[some, some.stop :]
+                error = (here - values).T.astype(np.float64)
+                scaled = np.linalg.solve(upper[some, some].T.astype(np.float64), error).T.astype(np.float32)
+                rest[:, some.stop :] -= scaled @ upper[some, some.stop :]
         found.append(grid.pack(codes))
     return found
 
@@ -135,7 +132,7 @@ def progressive(
         low, high = np.minimum(level.min(axis=2), 0), np.maximum(level.max(axis=2), 0)
         widest = np.maximum(1, np.rint((high - low) / top))
         zero = np.clip(np.rint(-low / widest), 0, top)
-        best = (np.full(widest.shape, np.inf), widest, np.zeros(level.shape, np.float32))
+        codes, multiples, least = np.zeros_like(level), widest, np.full(widest.shape, np.inf)
         for less in range(1 + int(widest.max() * (1 - lowest))):
             s2 = np.maximum(1, widest - less)
             q = np.clip(np.rint(level / s2[..., None]) + zero[..., None], 0, top)
@@ -143,8 +140,11 @@ def progressive(
             square = (value - exact) ** 2
             cost = (square if weights is None else square * weights).sum(axis=2, dtype=np.float64)
             cost[(np.abs(value + 0.5) > 128).any(axis=2) | ((less > 0) & (s2 < lowest * widest))] = np.inf
-            best = _better(cost, best, s2, q)
-        _store(fmt, arrays, r, best[2], best[1], zero, stored, cols)
+            better = cost < least
+            least = np.minimum(cost, least)
+            multiples = np.where(better, s2, multiples)
+            codes[better] = q[better]
+        _store(fmt, arrays, r, codes, multiples, zero, stored, cols)
     return Packed(fmt, (rows, cols), arrays)
 
 
@@ -160,60 +160,75 @@ def dual(fmt: Coded, w: F32, samples: F32 | None = None, *, where: str = "the ma
     refuse_infinite(w, fmt, where)
     arrays = allocate(fmt, rows, cols)
     width, top = fmt.width(cols), fmt.number.levels - 1
-    # [groups, width, tokens]
-    x = None if samples is None else np.ascontiguousarray(_groups(samples, width).transpose(1, 2, 0))
+    x = None if samples is None else _groups(samples, width)  # [tokens, groups, width]
     for r in range(0, rows, ROWS):
         some = _groups(w[r : r + ROWS], width)
         s, zero = _fine(some, x, top)
-        z = zero[..., None]
-        extreme = np.abs(some).max(axis=(1, 2)).astype(np.float64)
-        shape = (len(some), 1)
-        best = (np.full(shape, np.inf), np.zeros(zero.shape), np.zeros(some.shape, np.float32))
-        stored = _stored(extreme / BYTE, kind)[0]
-        for ratio in COARSE:
-            found, s1 = _stored(ratio * extreme / BYTE, kind)
-            s2 = np.clip(np.rint(s / s1), 1, BYTE)
-            step, bound = (s1 * s2)[..., None], BYTE // s2[..., None]
-            q = np.rint(np.clip(some, -BYTE * s1[..., None], BYTE * s1[..., None]) / step) + z
-            q = np.clip(q, np.maximum(0, z - bound), np.minimum(top, z + bound))
-            cost = _output(some - step * (q - z), x).sum(axis=1, keepdims=True)
-            better = cost < best[0]
-            stored = np.where(better, found, stored)
-            best = _better(cost, best, s2, q)
-        _store(fmt, arrays, r, best[2], best[1], zero, stored, cols)
+        _store(fmt, arrays, r, *_coarse(some, s, zero, x, top, kind), cols)
     return Packed(fmt, (rows, cols), arrays)
 
 
-def _fine(x: F32, inputs: F32 | None, top: int) -> tuple[F64, F64]:
-    """Scales and zero points of groups [n, groups, width], each of least output error by itself: [n, groups]."""
-    low = np.minimum(x.min(axis=2), 0).astype(np.float64)
-    full = (np.maximum(x.max(axis=2), 0) - low) / top
-    full = np.where(full > 0, full, 1)
+def _fine(w: F32, x: F32 | None, top: int) -> tuple[F32, F32]:
+    """Scales and zero points of groups w [n, groups, width], each of least output error by itself: [n, groups]."""
+    low = np.minimum(w.min(axis=2), 0)
+    full = (np.maximum(w.max(axis=2), 0) - low) / top
+    full[full == 0] = 1
     zero = np.clip(np.rint(-low / full), 0, top)
-    best = (np.full(full.shape, np.inf), full, np.zeros(x.shape, np.float32))
-    for ratio in FINE:
+    # Inputs of a group, [groups, width, tokens]: one product for each.
+    inputs = None if x is None else np.ascontiguousarray(x.transpose(1, 2, 0))
+    best, least = full, np.full(full.shape, np.inf, np.float32)
+    for ratio in FINE.astype(np.float32):
         s = ratio * full
-        q = np.clip(np.rint(x / s[..., None]) + zero[..., None], 0, top)
-        best = _better(_output(x - s[..., None] * (q - zero[..., None]), inputs), best, s, q)
-    return best[1], zero
+        error = _rounding_error(w, s[..., None], zero[..., None], 0, top)[1]
+        if inputs is None:
+            cost = np.einsum("ngk,ngk->ng", error, error)
+        else:
+            y = np.matmul(error.transpose(1, 0, 2), inputs)
+            cost = np.einsum("gnt,gnt->ng", y, y)
+        best, least = np.where(cost < least, s, best), np.minimum(cost, least)
+    return best, zero
 
 
-def _output(error: npt.NDArray[np.floating], inputs: F32 | None) -> F64:
-    """The squared error of the output that each group adds on its own, [n, groups]."""
-    if inputs is None:
-        return np.asarray((error**2).sum(axis=2))
-    y = np.matmul(error.astype(np.float32).transpose(1, 0, 2), inputs)  # [groups, n, t]
-    return np.asarray((y**2).sum(axis=2, dtype=np.float64).T)
+def _coarse(
+    w: F32, s: F32, zero: F32, x: F32 | None, top: int, kind: str
+) -> tuple[F32, F32, F32, npt.NDArray[np.generic]]:
+    """Codes, integers s2, zero points and the stored row scales of least output error of each row of groups w."""
+    n = len(w)
+    inputs = None if x is None else x.reshape(len(x), -1).T
+    z = zero[..., None]
+    extreme = np.abs(w).max(axis=(1, 2)).astype(np.float64)
+    kept, _ = _stored(extreme / BYTE, kind)
+    codes, multiples, least = np.empty_like(w), np.empty_like(s), np.full(n, np.inf, np.float32)
+    for ratio in COARSE:
+        found, s1 = _stored(ratio * extreme / BYTE, kind)
+        s2 = np.clip(np.rint(s / s1), 1, BYTE)
+        bound = np.floor(BYTE / s2)[..., None]
+        edge = np.float32(BYTE) * s1[..., None]
+        lowest, highest = np.maximum(0, z - bound), np.minimum(top, z + bound)
+        step = (s1 * s2)[..., None]
+        q, error = _rounding_error(w, step, z, lowest, highest, edge)
+        flat = error.reshape(n, -1)
+        y = flat if inputs is None else flat @ inputs
+        cost = np.einsum("nt,nt->n", y, y)
+        better = cost < least
+        codes[better], multiples[better], kept[better] = q[better], s2[better], found[better]
+        least = np.minimum(cost, least)
+    return codes, multiples, zero, kept
 
 
-def _better(cost: F64, best: tuple[F64, F64, F32], s: F64, codes: npt.NDArray[np.floating]) -> tuple[F64, F64, F32]:
-    """(cost, scales, codes) with those of the candidate where its cost is lower; cost [n, groups] or [n, 1]."""
-    better = cost < best[0]
-    return (
-        np.where(better, cost, best[0]),
-        np.where(better, s, best[1]),
-        np.where(better[..., None], codes, best[2]).astype(np.float32),
-    )
+def _rounding_error(
+    w: F32, step: F32, z: F32, lowest: F32 | int, highest: F32 | int, edge: F32 | None = None
+) -> tuple[F32, F32]:
+    """Codes round(w / step) + z within bounds, of w cut to +-edge, and the error step (q - z) - w."""
+    q = np.clip(w, -edge, edge) if edge is not None else w.copy()
+    q /= step
+    np.rint(q, out=q)
+    q += z
+    np.clip(q, lowest, highest, out=q)
+    error = q - z
+    error *= step
+    error -= w
+    return q, error
 
 
 def _kind(fmt: Coded, name: str, least: int) -> str:
@@ -239,7 +254,7 @@ def _groups(w: npt.NDArray[np.floating], width: int) -> F32:
     return out.reshape(n, groups, width)
 
 
-def _stored(s: F64, kind: str) -> tuple[npt.NDArray[np.generic], F32]:
+def _stored(s: npt.NDArray[np.float64], kind: str) -> tuple[npt.NDArray[np.generic], F32]:
     """Row scales [n, 1] in their storage type, and as float32 to divide by (1 for a row of zeros)."""
     stored = scales.store(np.where(s > 0, s, 1)[:, None], kind)
     return stored, scales.load(stored, kind)
@@ -250,8 +265,8 @@ def _store(
     arrays: dict[str, npt.NDArray[np.generic]],
     first_row: int,
     codes: F32,
-    s2: F64,
-    zero: npt.NDArray[np.floating],
+    s2: F32,
+    zero: F32,
     s1: npt.NDArray[np.generic],
     cols: int,
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -39,6 +39,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+SEARCH = Search()
 
 _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a name"}
 
@@ -102,11 +104,14 @@ class Dual:
 
 @dataclass(frozen=True)
 class Nested:
-    """Matryoshka planes: a base and signs of what it leaves, errors pushed from block to block at every width."""
+    """Matryoshka planes: a base and signs of what it leaves, errors pushed from block to block at every width.
+
+    search: of the base's ranges; nothing for the largest magnitude.
+    """
 
     damping: float = 0.01
     block: int = 128
-    search: Search | None = None
+    search: Search | None = SEARCH
 
     def __post_init__(self) -> None:
         _within(self.damping, 0, 10, "damping")
@@ -276,7 +281,6 @@ def _build(kind: type[Any], given: Any, what: str, where: str) -> Any:
         takes = ", ".join(f.name for f in fields(kind)) or "none"
         raise UsageError(f"{what} of {where} has no option '{unknown[0]}'; its options: {takes}.")
     hints = get_type_hints(kind)
-    assert all(f.default is not MISSING for f in fields(kind))  # every option has a default
     return kind(**{key: _value(hints[key], value, f"{what}, option '{key}',", where) for key, value in given.items()})
 
 
