@@ -10,14 +10,14 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-import cases  # noqa: E402
+import transform_cases as cases  # noqa: E402
 
 from gossamer.models.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def open_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
-    """Opens one of ``cases.FAMILIES`` by its name, written once."""
+    """Opens one of ``transform_cases.FAMILIES`` by its name, written once."""
     written: dict[str, Path] = {}
 
     def open_(name: str) -> Checkpoint:

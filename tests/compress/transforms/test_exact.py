@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from cases import FAMILIES, TOLERANCE, distance, logits, made_up, original
+from transform_cases import FAMILIES, TOLERANCE, distance, logits, made_up, original
 
 from gossamer.compress.edits import Edited
 from gossamer.compress.transforms import (
@@ -161,7 +161,7 @@ def test_online_transforms_give_the_same_logits(name: str, open_tiny: Open) -> N
 
 
 def run(model: Transformer) -> np.ndarray:
-    from cases import TOKENS
+    from transform_cases import TOKENS
 
     from gossamer.engine.kv import KVPool, Sequence, kv_format
 
@@ -173,12 +173,12 @@ def run(model: Transformer) -> np.ndarray:
 
 def test_what_is_folded_is_not_in_the_expression(open_tiny: Open) -> None:
     checkpoint = open_tiny("Qwen3, as many heads")
-    site, fmt = checkpoint.topology.site("model.layers.0.mlp.down_proj"), parse("int4/g8 @ int8/token")
+    site, fmt = checkpoint.topology.site("model.layers.0.mlp.down_proj"), parse("int4/row @ int8/token")
     for transform in rotate_values(checkpoint.topology):
         assert transform.folded
         assert transform.format(site, fmt) == fmt
     assert not OnlineHadamard("mlp.hidden").folded
-    assert str(OnlineHadamard("mlp.hidden").format(site, fmt)) == "hadamard(full, none, int4/g8) @ int8/token"
+    assert str(OnlineHadamard("mlp.hidden").format(site, fmt)) == "hadamard(full, none, int4/row) @ int8/token"
     assert OnlineHadamard("mlp.input").format(site, fmt) == fmt
     assert str(OnlineHadamard("down", 8).format(site, fmt)) == str(fmt)  # a role is no input
 
