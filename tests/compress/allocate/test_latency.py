@@ -20,10 +20,11 @@ def small(monkeypatch):
 
 
 def test_more_bytes_and_more_tokens_take_longer():
-    one = site_latency(parse("int4/g32"), 512, 512)
+    """By factors of a hundred, which are seen on a busy machine too."""
+    one = site_latency(parse("int4/g32"), 64, 512)
     assert 0 < one < 0.1
-    assert site_latency(parse("f32"), 512, 512) > one
-    assert site_latency(parse("int4/g32"), 512, 512, tokens=64) > 2 * one
+    assert site_latency(parse("f32"), 1024, 1024) > one
+    assert site_latency(parse("int4/g32"), 64, 512, tokens=512) > one
 
 
 def test_a_site_is_timed_once():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Iterable
 from functools import cache
@@ -31,8 +30,9 @@ def site_latency(fmt: SiteFormat, rows: int, cols: int, tokens: int = 1) -> floa
     """Seconds that a site of this format and shape takes for ``tokens`` tokens, with the threads that ops uses now.
 
     Copies of a random matrix, together three times the last cache, are multiplied one after the other in a recorded
-    program, as a model's step does it: the median of 7 rounds after one more, over the copies. Measured once for each
-    format, shape, number of tokens and of threads; the weights of a model that fits into the cache would be faster.
+    program, as a model's step does it: the least of 7 rounds after one more, over the copies, since what else runs on
+    the machine only adds. Measured once for each format, shape, number of tokens and of threads. The weights of a model
+    that fits into the cache would be faster.
 
     Raises UsageError for fewer than one token and FormatError for a shape that the format cannot hold.
     """
@@ -53,7 +53,7 @@ def _measured(fmt: SiteFormat, rows: int, cols: int, tokens: int, threads: int, 
         for runner in runners:
             linear([runner], x, [out])
     program.run(tokens)
-    return statistics.median(_timed(program, tokens) for _ in range(REPETITIONS)) / copies
+    return min(_timed(program, tokens) for _ in range(REPETITIONS)) / copies
 
 
 def _copy(packed: Packed) -> Packed:
