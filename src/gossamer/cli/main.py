@@ -154,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--recipe", metavar="NAME|FILE", help="how: the name of a recipe, or a YAML file of one's own (default: rtn)"
     )
-    p.add_argument("--format", metavar="EXPR", help=f"of all sites, or with --recipe of its linear layers: {FORMAT_HELP}")
+    p.add_argument(
+        "--format", metavar="EXPR", help=f"of all sites, or with --recipe of its linear layers: {FORMAT_HELP}"
+    )
     keep(p)
     p.add_argument(
         "--calibration",

@@ -77,9 +77,7 @@ def read_site(checkpoint: Checkpoint, site: Site) -> F32:
     return w
 
 
-def _record(
-    packed: Packed, fmt: SiteFormat, sqnr: float, mse: float | None, relative: float | None
-) -> dict[str, Any]:
+def _record(packed: Packed, fmt: SiteFormat, sqnr: float, mse: float | None, relative: float | None) -> dict[str, Any]:
     """The entry of a ledger. An exact copy has no noise to measure, which JSON has no number for: null."""
     decoded = f"{packed.format} stores"
     if math.isnan(sqnr) or (mse is not None and not math.isfinite(mse)):

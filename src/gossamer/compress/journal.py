@@ -113,7 +113,8 @@ class Journal:
     ) -> None:
         """Writes a part and vouches for it: after this it survives whatever happens to the process.
 
-        ``record`` holds JSON values, ``types`` the safetensors types of arrays whose own do not tell. Raises ResourceError when the disk does not take it; earlier parts stay.
+        ``record`` holds JSON values, ``types`` the safetensors types of arrays whose own do not tell. Raises
+        ResourceError when the disk does not take it; earlier parts stay.
         """
         path = self.folder / f"{name}.safetensors"
         partial = path.with_suffix(".unfinished")

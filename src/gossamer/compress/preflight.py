@@ -39,6 +39,7 @@ F32 = npt.NDArray[np.float32]
 PROBE_ROWS, PROBE_COLS, PROBE_TOKENS = 128, 1024, 128
 WRITE_RATE = 400e6  # bytes a second that a disk surely takes
 LOAD_RATE = 1e9  # of a checked folder
+GRADIENT_BYTES = 2 << 30  # of what is kept of gradients at once
 OVERHEAD = 80 << 20  # bytes that libraries and allocators take beside the arrays
 HEADER = 200  # bytes that an array's entry takes in a file's header, about
 
@@ -78,11 +79,20 @@ def predict(
         seconds=sum(steps.values()),
         steps=steps,
         peak_bytes=resident_bytes() + OVERHEAD + _most_memory(checkpoint, plan, recipe, calibration, tokens),
-        work_bytes=plan.data_bytes + HEADER * arrays + 4 * tokens,
+        work_bytes=plan.data_bytes + HEADER * arrays + 4 * tokens + _side_bytes(checkpoint, recipe, tokens),
         output_bytes=output,
         data_bytes=plan.data_bytes,
         bits_per_weight=plan.bits_per_weight,
     )
+
+
+def _side_bytes(checkpoint: Checkpoint, recipe: Recipe, tokens: int) -> int:
+    """What parts with statistics and gradients take on the disk."""
+    sites = checkpoint.topology.sites
+    fisher = 4 * sum(s.rows * s.cols for s in sites if s.layer is not None) if "fisher" in recipe.solver.needs else 0
+    widths = sum(groups(checkpoint.topology, 0).values()) * checkpoint.config.layers
+    inputs = 4 * (min(tokens, 512) + 4) * widths if recipe.transforms and "inputs" in recipe.needs else 0
+    return fisher + inputs
 
 
 # ---------------------------------------------------------------- refusals
@@ -154,6 +164,12 @@ def _most_memory(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, calibration
             # Large models write in 4 bits, as job.py says.
             own = checkpoint.data_bytes if checkpoint.data_bytes <= 2 << 30 else topology.parameters * 5 // 8
             found.append(own + kv_bytes(config, 32 * calibration.length) + 32 * 4 * config.vocab)
+    if "fisher" in recipe.needs:
+        blocks = 4 * sum(s.rows * s.cols for s in topology.sites if s.layer is not None)
+        free = available_memory()
+        kept = blocks if free is None or blocks <= free // 2 else weights
+        tied = 4 * config.vocab * config.hidden * (1 if config.tied else 2)
+        found.append(kept + 2 * min(blocks, max(GRADIENT_BYTES, weights)) + tied + (1 << 30))
     # A fit has the matrix, what is left of it, codes and errors; the factor of the Hessian is made in float64 up to
     # 8192 columns and in float32 beyond.
     widest = max(squares)
@@ -195,6 +211,12 @@ class _Probe:
                 found["text"] = self.tokens * (layers * per_token * 2 + 1e-8 * checkpoint.config.vocab)
             found["forward"] = layers * passes * self.tokens * per_token
             found["statistics"] = layers * self._sums()
+            if "fisher" in recipe.needs:
+                # Forward, backward by inputs and by weights, and the layers' activations once more.
+                sweeps = -(-4 * sum(s.rows * s.cols for s in blocks) // GRADIENT_BYTES)
+                found["gradients"] = sweeps * self.tokens * layers * per_token * 4
+            if recipe.transforms and "inputs" in recipe.needs:
+                found["forward"] += layers * self.tokens * per_token
         found["fit"] = self._fits(blocks, recipe.solver, recipe.calibrated) + self._fits(tables, recipe.tables, False)
         written = 2 * self.plan.data_bytes / WRITE_RATE
         found["check"] = written + self.plan.data_bytes / LOAD_RATE + checkpoint.config.layers * 600 * per_token
@@ -257,9 +279,7 @@ class _Probe:
 
         return seconds
 
-    def _solving(
-        self, fmt: SiteFormat, w: F32, half: int, solver: Solver, calibrated: bool
-    ) -> tuple[float, float]:
+    def _solving(self, fmt: SiteFormat, w: F32, half: int, solver: Solver, calibrated: bool) -> tuple[float, float]:
         """Seconds whatever the rows, and for each row, at the probe's width."""
         rows, cols = w.shape
         stats = None
@@ -312,5 +332,3 @@ def _least(run: Callable[[], object], times: int = 2) -> float:
         run()
         best = min(best, time.perf_counter() - started)
     return best
-
-

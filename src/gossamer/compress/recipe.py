@@ -239,8 +239,8 @@ def load(name: str) -> Recipe:
 def of_format(expression: str | None, recipe: Recipe | None = None) -> Recipe:
     """``recipe`` with ``expression`` as its format "*"; without one plain rounding (``rtn``) of every site to it.
 
-    None stands for the formats that the checkpoint has. Raises UsageError where the recipe gives formats in another way,
-    so that one expression cannot stand for them.
+    None stands for the formats that the checkpoint has. Raises UsageError where the recipe gives formats in another
+    way, so that one expression cannot stand for them.
     """
     if recipe is None:
         return replace(load("rtn"), formats={} if expression is None else {"*": expression})
@@ -249,7 +249,7 @@ def of_format(expression: str | None, recipe: Recipe | None = None) -> Recipe:
             f"--format {expression} cannot stand for the formats of the recipe {recipe.name}, which gives several; "
             "use --keep PATTERN=EXPR for some sites, or write a recipe file."
         )
-    return replace(recipe, formats={**recipe.formats, "*": expression})
+    return replace(recipe, formats={**recipe.formats, "*": expression} if expression else {})
 
 
 def parse_recipe(text: str, where: str) -> Recipe:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +21,18 @@ from gossamer.compress import allocation, transforming
 from gossamer.compress.calibrate import calibrate
 from gossamer.compress.check import check
 from gossamer.compress.edits import Edited
+from gossamer.compress.fisher import FisherDiagonal, RowSalience
 from gossamer.compress.fit import Fitted, fit, read_site
 from gossamer.compress.flow import SAMPLES, Flow
-from gossamer.compress.gradients import sweep
+from gossamer.compress.gradients import Visit, sweep
 from gossamer.compress.journal import Journal
-from gossamer.compress.preflight import Prediction, refuse_disk, refuse_memory
-from gossamer.compress.sensitivity import RowChanges, SquaredGradients
+from gossamer.compress.preflight import GRADIENT_BYTES, Prediction, refuse_disk, refuse_memory
 from gossamer.compress.statistics import Statistics
 from gossamer.compress.watch import Watch
 from gossamer.compress.write import Stored, as_json, documents, ledger, put_together
 from gossamer.errors import GossamerError
 from gossamer.evaluate.machine import forget_peak_rss, peak_rss_mb
-from gossamer.formats import SiteFormat, parse
+from gossamer.formats import SiteFormat, parse, project
 from gossamer.formats.dispatch import make_runner
 from gossamer.models.load import Progress
 from gossamer.models.topology import Site
@@ -130,27 +130,54 @@ class Run:
         return transforming.Inputs(self.checkpoint, stored)
 
     def _gradients(self, sequences: Sequence[I32]) -> None:
-        """Parts with the Fisher information of each layer, and with the salience of rows, in one sweep."""
-        topology = self.checkpoint.topology
-        fisher = [f"fisher-{i:04d}" for i in range(self.checkpoint.config.layers)] if self.job.wants_fisher else []
-        rows = ["salience"] if self.recipe.allocate.name == "salience" else []
-        if all(self.journal.record(name) is not None for name in fisher + rows):
-            return
-        with self.watch.phase("gradients") as progress:
-            visitors: list[Any] = []
-            if fisher:
-                blocks = [site for site in topology.sites if site.layer is not None]
-                visitors.append(SquaredGradients(self.place.folder, blocks, len(sequences)))
-            if rows:
-                sites = self.job.open_sites
-                narrow = allocation.narrow_formats(self.recipe.allocate.options, sites, self.formats)
-                visitors.append(RowChanges(self.place.folder, self.checkpoint, narrow))
-            sweep(self.checkpoint, sequences, visitors, progress=progress)
-        for index, name in enumerate(fisher):
-            found = {s.name: visitors[0].of(s.name) for s in topology.sites if s.layer == index}
-            self._finish(name, found, {})
-        if rows:
-            self._finish("salience", visitors[-1].found, {})
+        """A part for each layer: the Fisher information of its weights, or the salience of its rows.
+
+        Both are as large as the layers they are of, so the text goes through the model once for as many layers as fit
+        into GRADIENT_BYTES.
+        """
+        layers = [i for i in range(self.checkpoint.config.layers) if self.journal.record(f"gradients-{i:04d}") is None]
+        narrow = {}
+        if self.recipe.allocate.name == "salience":
+            narrow = allocation.narrow_formats(self.recipe.allocate.options, self.job.open_sites, self.formats)
+        for some in self._at_once(layers):
+            sites = [s for s in self.checkpoint.topology.sites if s.layer in some]
+            delta = {}
+            for site in (s for s in sites if s.name in narrow):
+                w = read_site(self.checkpoint, site)
+                delta[site.name] = project(narrow[site.name].weight, w) - w
+            rows, squares = RowSalience(delta), FisherDiagonal({s.name for s in sites})
+            visitors: list[Visit] = [rows] if delta else []
+            if self.job.wants_fisher:
+                visitors.append(squares)
+            with self.watch.phase(f"gradients of layers {some[0]} to {some[-1]}") as progress:
+                sweep(self.checkpoint, sequences, visitors, progress=progress)
+            salience, fisher = rows.result(), squares.result()
+            for index in some:
+                of = [s.name for s in sites if s.layer == index]
+                arrays: dict[str, Any] = {f"{name}.salience": salience[name] for name in of if name in salience}
+                arrays |= {f"{name}.fisher": fisher[name] for name in of if name in fisher}
+                self._finish(f"gradients-{index:04d}", arrays, {})
+
+    def _at_once(self, layers: Sequence[int]) -> Iterator[list[int]]:
+        """Runs of layers whose weights in float32 take GRADIENT_BYTES at most, or one layer."""
+        some: list[int] = []
+        size = 0
+        for index in layers:
+            more = 4 * sum(s.rows * s.cols for s in self.checkpoint.topology.sites if s.layer == index)
+            if some and size + more > GRADIENT_BYTES:
+                yield some
+                some, size = [], 0
+            some.append(index)
+            size += more
+        if some:
+            yield some
+
+    def _of_gradients(self, sites: Sequence[Site], what: str) -> dict[str, npt.NDArray[Any]]:
+        """``salience`` or ``fisher`` of these sites, from their parts."""
+        found = {}
+        for site in sites:
+            found[site.name] = np.array(self.journal.open(f"gradients-{site.layer:04d}").raw(f"{site.name}.{what}"))
+        return found
 
     # ------------------------------------------------------------ transform, allocate
 
@@ -166,8 +193,7 @@ class Run:
             self._gradients(sequences)
         scores = None
         if self.recipe.allocate.name == "salience":
-            part = self.journal.open("salience")
-            scores = {name: np.array(part.raw(name)) for name in part.tensors}
+            scores = self._of_gradients(self.job.open_sites, "salience")
         options = self.recipe.allocate.options
         chosen = allocation.for_model(options, self.checkpoint, self.job.open_sites, self.formats, scores)
         self.formats |= chosen.formats
@@ -210,14 +236,13 @@ class Run:
     ) -> dict[str, Fitted]:
         """The sites of a layer, fitted in execution order."""
         found: dict[str, Fitted] = {}
-        fisher = self.journal.open(f"fisher-{index:04d}") if self.job.wants_fisher else None
         grouped = flow.by_group(index) if flow and self.recipe.sequential == "group" else None
         known = flow.statistics(index) if flow and not grouped else {}
         for shares in dict.fromkeys(site.shares for site in sites):
             stats = grouped.statistics(shares) if grouped else known.pop(shares, None)
             for site in (s for s in sites if s.shares == shares):
-                sensitive = np.array(fisher.raw(site.name)) if fisher else None
-                done = found[site.name] = self._site(site, stats, sensitive)
+                fisher = self._of_gradients([site], "fisher")[site.name] if self.job.wants_fisher else None
+                done = found[site.name] = self._site(site, stats, fisher)
                 if grouped:
                     bias = self.checkpoint.bias(site)
                     shift = done.bias

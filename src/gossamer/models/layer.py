@@ -22,7 +22,8 @@ __all__ = ["Buffers", "KVLayer", "KVStore", "KVView", "Layer", "Tap"]
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
-Tap = Callable[[str, F32], None]  # the input of a group of sites: its name (Site.shares), float32 [tokens, cols]
+# Told the input of a group of sites: its name (Site.shares), float32 [tokens, cols]. True: nothing after it is wanted.
+Tap = Callable[[str, F32], bool | None]
 
 
 @dataclass(frozen=True)
@@ -139,24 +140,27 @@ class Layer:
     def run(self, b: Buffers, store: KVStore, tap: Tap | None = None) -> None:
         """b.h becomes the layer's output for all rows of ``b``, whose positions and angles are set: runs, or is
         recorded. ``tap`` is told what each group of sites reads, in memory that the next step overwrites; with one, the
-        layer cannot be recorded."""
+        layer cannot be recorded. Where it answers True the layer ends there, and b.h means nothing."""
         base, activation = f"model.layers.{self.index}", self.config.activation
 
-        def normed(name: str, norm: Norm) -> None:
-            if tap:
-                ops.rmsnorm(b.h, norm.gain, norm.eps, b.x)
-                tap(name, b.x)
+        def normed(name: str, norm: Norm) -> bool | None:
+            if not tap:
+                return None
+            ops.rmsnorm(b.h, norm.gain, norm.eps, b.x)
+            return tap(name, b.x)
 
-        normed(f"{base}.self_attn.input", self.attn_norm)
+        if normed(f"{base}.self_attn.input", self.attn_norm):
+            return
         linear(self.qkv, b.h, [b.q, b.k, b.v], self.attn_norm)
         self._attend(b, store)
-        if tap:
-            tap(f"{base}.self_attn.context", b.a)
+        if tap and tap(f"{base}.self_attn.context", b.a):
+            return
         _linear_add(b.a, self.o, self.attn_post, b.h, b.x)
-        normed(f"{base}.mlp.input", self.mlp_norm)
+        if normed(f"{base}.mlp.input", self.mlp_norm):
+            return
         _gated_linear(b.h, self.mlp_norm, self.gate_up, activation, b.gate, b.up)
-        if tap:
-            tap(f"{base}.mlp.hidden", b.gate)
+        if tap and tap(f"{base}.mlp.hidden", b.gate):
+            return
         _linear_add(b.gate, self.down, self.mlp_post, b.h, b.x)
 
     def _attend(self, b: Buffers, store: KVStore) -> None:

@@ -55,7 +55,8 @@ class LayerRun:
         """The hidden states after the layer, float32 [n, hidden], of one sequence's ``h`` before it, position 0 first.
 
         ``tap(shares, x)`` is told what each group of sites reads (``Site.shares``): float32 [tokens, cols], after the
-        norm or the gate, in order and at most 512 tokens at a time; x is a view that lives during the call.
+        norm or the gate, in order and at most 512 tokens at a time; x is a view that lives during the call. Where it
+        answers True, what comes after that input is not computed, and what is returned means nothing.
         """
         if h.ndim != 2 or not len(h) or h.shape[1] != self.config.hidden:
             raise UsageError(
