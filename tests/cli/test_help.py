@@ -20,7 +20,8 @@ VERBS = {
     "demo": {"--prompt", "--tokens", "--threads", "--json"},
     "run": {"--prompt", "--system", "--max-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--seed"}
     | {"--repeat-penalty", "--threads", "--context", "--kv", "--raw", "--format"},
-    "compress": {"--output", "--format", "--keep", "--threads", "--json"},
+    "compress": {"--output", "--recipe", "--format", "--keep", "--calibration", "--calibration-tokens", "--seed"}
+    | {"--dry-run", "--threads", "--json"},
     "eval": {"--against", "--format", "--against-format", "--text", "--tokens", "--window", "--score", "--kv"}
     | {"--threads", "--json"},
     "bench": {"--shape", "--format", "--formats", "--keep", "--batch", "--prompt", "--tokens", "--repetitions"}

@@ -114,9 +114,10 @@ class Job:
             "the version of gossamer": gossamer.__version__,
         }
         if self.recipe.calibrated:
+            # The number first: it changes what the text's hash is of.
+            found["--calibration-tokens"] = f"{self.calibration.tokens} of {self.calibration.length}"
             content = f" ({self.text.sha256[:12]})" if self.text else ""
             found["--calibration"] = f"{self.calibration.text}{content}"
-            found["--calibration-tokens"] = f"{self.calibration.tokens} of {self.calibration.length}"
             found["--seed"] = str(self.seed)
         return found
 

@@ -270,8 +270,12 @@ def parse_recipe(text: str, where: str) -> Recipe:
         for need in data["needs"]:
             if need not in NEEDS:
                 raise unknown(f"{where}: needs", "entry", str(need), NEEDS)
-    given["solver"] = Solver.parse(data.get("solver"), then, where)
-    given["tables"] = Solver.parse(data.get("tables"), None, where)
+    try:
+        given["solver"] = Solver.parse(data.get("solver"), then, where)
+        given["tables"] = Solver.parse(data.get("tables"), None, where)
+    except UsageError as error:
+        message = str(error)
+        raise UsageError(message if where in message else f"{where}: {message}") from None
     return read(Recipe, given, where)
 
 
