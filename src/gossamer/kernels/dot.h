@@ -348,16 +348,53 @@ struct TileInput {
   const float* scales;       // [segment][T] when the input has a scale a group, else null
 };
 
-template <class Source, int P, int T>
-__attribute__((noinline)) void tile(const Source* source, const Stretch& s, const TileInput& x, float* totals, bool fresh) {
+// One half block of P panels times T tokens, added to the sums.
+template <class Source, int P, int T, bool Twice, class Sum>
+inline void add_half(const Source* source, int part, int64_t half, const uint8_t* data, Sum (&sum)[P][T], Sum (&more)[P][T]) {
   using Dot = typename Source::Dot;
+  typename Source::Half open[P];
+GSM_UNROLL
+  for (int p = 0; p < P; ++p) open[p] = source[p].open(part, half);
+GSM_UNROLL
+  for (int step = 0; step < Dot::steps; ++step) {
+    typename Dot::Vec w[P];
+GSM_UNROLL
+    for (int p = 0; p < P; ++p) w[p] = Source::vec(open[p], step);
+GSM_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const Bits b = broadcast(data + (step * T + t) * 4);
+GSM_UNROLL
+      for (int p = 0; p < P; ++p) {
+        auto& to = Twice && step % 2 ? more[p][t] : sum[p][t];
+        to = Dot::dot(to, w[p], b);
+      }
+    }
+  }
+}
+
+template <class Source, int P, int T>
+__attribute__((noinline)) void tile(const Source* sources, const Stretch& s, const TileInput& x, float* totals, bool fresh) {
+  using Dot = typename Source::Dot;
+  // Copies of their own: what is stored through `totals` cannot change them, so they stay in registers.
+  Source source[P];
+GSM_UNROLL
+  for (int p = 0; p < P; ++p) source[p] = sources[p];
   f32x16 total[P][T];
 GSM_UNROLL
   for (int p = 0; p < P; ++p)
 GSM_UNROLL
     for (int t = 0; t < T; ++t) total[p][t] = fresh ? gsm::GSM_LEVEL::zero() : load(totals + (t * P + p) * 16);
-  for (int64_t g = s.first; g < s.last; ++g) {
-    const int64_t from = g * s.length / 8, to = std::min(s.halves, (g + 1) * s.length / 8);
+  constexpr int kBytes = Dot::steps * T * 4;  // of inputs, a half block
+  const int64_t length = s.length / 8, stride = s.stride;
+  int64_t half = s.first * length;
+  const uint8_t* data = x.data + half * kBytes;
+  const int32_t* sums = x.sums ? x.sums + s.first * T : nullptr;
+  const float* input_scales = x.scales ? x.scales + s.first * T : nullptr;
+  const float* float_sums = s.offsets ? x.float_sums + s.first * T : nullptr;
+  const float *scales = s.scales, *offsets = s.offsets;
+  for (int64_t g = s.last - s.first; g > 0; --g, scales += 16) {
+    const int64_t from = half, to = std::min(s.halves, from + length);
+    const uint8_t* const begin = data;
     for (int part = 0; part < Source::parts; ++part) {
       typename Dot::Sum sum[P][T];
       // Integers add exactly in any order: a single output gets a second chain, which hides the latency of the first.
@@ -365,34 +402,21 @@ GSM_UNROLL
       typename Dot::Sum more[P][T];
 GSM_UNROLL
       for (int t = 0; t < T; ++t) {
-        const auto start = Dot::init(Dot::integer && x.sums ? s.zero[part] * x.sums[g * T + t] : 0);
+        const auto start = Dot::init(Dot::integer && sums ? s.zero[part] * sums[t] : 0);
 GSM_UNROLL
         for (int p = 0; p < P; ++p) {
           sum[p][t] = start;
           if constexpr (twice) more[p][t] = Dot::init(0);
         }
       }
-      const uint8_t* data = x.data + from * Dot::steps * T * 4;
-      for (int64_t half = from; half < to; ++half, data += Dot::steps * T * 4) {
-        typename Source::Half open[P];
+      half = from;
+      data = begin;
+      // Most groups are a multiple of 32 columns.
+      for (; half + 4 <= to; half += 4, data += 4 * kBytes) {
 GSM_UNROLL
-        for (int p = 0; p < P; ++p) open[p] = source[p].open(part, half);
-GSM_UNROLL
-        for (int step = 0; step < Dot::steps; ++step) {
-          typename Dot::Vec w[P];
-GSM_UNROLL
-          for (int p = 0; p < P; ++p) w[p] = Source::vec(open[p], step);
-GSM_UNROLL
-          for (int t = 0; t < T; ++t) {
-            const Bits b = broadcast(data + (step * T + t) * 4);
-GSM_UNROLL
-            for (int p = 0; p < P; ++p) {
-              auto& to = twice && step % 2 ? more[p][t] : sum[p][t];
-              to = Dot::dot(to, w[p], b);
-            }
-          }
-        }
+        for (int i = 0; i < 4; ++i) add_half<Source, P, T, twice>(source, part, half + i, data + i * kBytes, sum, more);
       }
+      for (; half < to; ++half, data += kBytes) add_half<Source, P, T, twice>(source, part, half, data, sum, more);
       if constexpr (twice) {
 GSM_UNROLL
         for (int p = 0; p < P; ++p)
@@ -401,31 +425,82 @@ GSM_UNROLL
       }
 GSM_UNROLL
       for (int p = 0; p < P; ++p) {
-        f32x16 scale = load(s.scales + p * s.stride + (g - s.first) * 16);
+        f32x16 scale = load(scales + p * stride);
         if constexpr (Source::parts > 1) scale = scale * set1(s.weight[part]);
-        if (x.scales) {
+        if (input_scales) {
 GSM_UNROLL
           for (int t = 0; t < T; ++t)
-            total[p][t] = fma(Dot::value(sum[p][t]), scale * set1(x.scales[g * T + t]), total[p][t]);
+            total[p][t] = fma(Dot::value(sum[p][t]), scale * set1(input_scales[t]), total[p][t]);
         } else {
 GSM_UNROLL
           for (int t = 0; t < T; ++t) total[p][t] = fma(Dot::value(sum[p][t]), scale, total[p][t]);
         }
       }
     }
-    if (s.offsets)
+    if (offsets) {
 GSM_UNROLL
       for (int p = 0; p < P; ++p) {
-        const f32x16 offset = load(s.offsets + p * s.stride + (g - s.first) * 16);
+        const f32x16 offset = load(offsets + p * stride);
 GSM_UNROLL
-        for (int t = 0; t < T; ++t)
-          total[p][t] = fma(-offset, set1(x.float_sums[g * T + t]), total[p][t]);
+        for (int t = 0; t < T; ++t) total[p][t] = fma(-offset, set1(float_sums[t]), total[p][t]);
       }
+      offsets += 16;
+      float_sums += T;
+    }
+    if (sums) sums += T;
+    if (input_scales) input_scales += T;
   }
 GSM_UNROLL
   for (int p = 0; p < P; ++p)
 GSM_UNROLL
     for (int t = 0; t < T; ++t) store(totals + (t * P + p) * 16, total[p][t]);
+}
+
+// The commonest case of few tokens, with as few instructions as it takes, for every one of them shortens the reach of the
+// loads: one panel, integers with a scale a segment on both sides, the weight's as stored, whole segments of a multiple of
+// 32 columns. Adds in the order of `tile`, so the bits are the same.
+template <class Source, int T>
+__attribute__((noinline)) void lean_tile(const Source& from, const Stretch& s, const f16* scales, int64_t scales_ahead,
+                                         const TileInput& x, float* totals) {
+  using Dot = typename Source::Dot;
+  const Source source[1] = {from};
+  constexpr bool twice = T <= 2;
+  constexpr int kBytes = Dot::steps * T * 4;
+  const int64_t length = s.length / 8;
+  const int32_t zero_point = s.zero[0], *sums = x.sums + s.first * T;
+  const float* input_scales = x.scales + s.first * T;
+  const uint8_t* data = x.data + s.first * length * kBytes;
+  f32x16 total[T];
+GSM_UNROLL
+  for (int t = 0; t < T; ++t) total[t] = zero();
+  int64_t half = s.first * length;
+  for (int64_t g = s.first; g < s.last; ++g) {
+    typename Dot::Sum sum[1][T], more[1][T];
+GSM_UNROLL
+    for (int t = 0; t < T; ++t) {
+      sum[0][t] = Dot::init(zero_point * sums[t]);
+      if constexpr (twice) more[0][t] = Dot::init(0);
+    }
+    const int64_t to = half + length;
+    do {
+GSM_UNROLL
+      for (int i = 0; i < 4; ++i) add_half<Source, 1, T, twice>(source, 0, half + i, data + i * kBytes, sum, more);
+      half += 4;
+      data += 4 * kBytes;
+    } while (half < to);
+    __builtin_prefetch(scales + scales_ahead);
+    const f32x16 scale = load(scales);
+    scales += 16;
+GSM_UNROLL
+    for (int t = 0; t < T; ++t) {
+      if constexpr (twice) sum[0][t] = sum[0][t] + more[0][t];
+      total[t] = fma(Dot::value(sum[0][t]), scale * set1(input_scales[t]), total[t]);
+    }
+    sums += T;
+    input_scales += T;
+  }
+GSM_UNROLL
+  for (int t = 0; t < T; ++t) store(totals + t * 16, total[t]);
 }
 
 }  // namespace gsm::GSM_LEVEL

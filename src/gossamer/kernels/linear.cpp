@@ -28,6 +28,7 @@ void totals(const PanelPart& part, int64_t panel, int P, int64_t strips, int64_t
 void finish(const Emission& e) { GSM_DISPATCH(emit(e)) }
 
 constexpr int64_t kFloatSegment = 256;     // columns a float chain may grow to
+constexpr int64_t kPiecePanels = 64;       // shares smaller than a few panels are not worth taking over
 constexpr int64_t kIntegerSegment = 65536;  // 255 * 127 * 65536 < 2^31
 
 bool bf16_dot() { return current_level() == Level::avx512bf16; }
@@ -135,6 +136,9 @@ class LinearOp final : public Op {
   int phases(int64_t) const override { return 2; }
   bool alone(int64_t tokens, int phase) const override {
     return tokens * panels_ * kPanel * spec_.cols < kTeamWork || (phase == 0 && tokens < 4);
+  }
+  int pieces(int64_t, int phase) const override {
+    return phase == 0 ? 1 : static_cast<int>(std::clamp<int64_t>(panels_ / kPiecePanels, 1, 4));
   }
   void check(int64_t tokens) const override { reserve(tokens); }
   void run(int64_t tokens, int phase, int thread, int threads) override {

@@ -74,8 +74,42 @@ template <class Source, int P> Run<Source> pick(int64_t T) {
   return nullptr;
 }
 
+// Whether `lean_tile` serves: see there.
+template <class Source, int P> bool lean(const Job& j, Values of) {
+  if constexpr (P != 1 || !Source::Dot::integer || Source::parts != 1) return false;
+  const Weight& w = *j.part.weight;
+  const Sums& sums = *j.part.sums;
+  return of == Values::bytes && j.tokens <= std::min<int64_t>(few_tokens(), kMaxTile) && !j.offsets && sums.scales && sums.bytes &&
+         w.scales.kind == ScaleKind::f16 && w.byte_scale == 1 && w.tile_rows == 1 && w.group == sums.length &&
+         sums.length % 32 == 0 && w.width() == sums.segments * sums.length;
+}
+
+// All segments of one panel of few tokens.
+template <class Source> void run_lean(const Job& j, const Source& source, int64_t strip) {
+  const Weight& w = *j.part.weight;
+  const Sums& sums = *j.part.sums;
+  const Form& form = *j.part.form;
+  const Stretch s{0, sums.segments, sums.length, w.width() / 8, nullptr, nullptr, 0, {-byte_zero(w, 0), 0}, {1, 0}};
+  const int64_t row = w.groups() * 16;
+  const f16* scales = reinterpret_cast<const f16*>(w.scales.values) + (j.panel + strip) * row;
+  const TileInput x{form.data, sums.bytes, nullptr, sums.scales};
+  float* result = j.result + strip * j.tokens * 16;
+  switch (j.tokens) {
+    case 1: return lean_tile<Source, 1>(source, s, scales, row, x, result);
+    case 2: return lean_tile<Source, 2>(source, s, scales, row, x, result);
+    default: return lean_tile<Source, 3>(source, s, scales, row, x, result);
+  }
+}
+
 // One strip and chunk after another: `open` gives the source of one panel for halves [from, to).
 template <class Source, int P, class Open> void run_chunks(const Job& j, Values of, const Open& open) {
+  if constexpr (P == 1 && Source::Dot::integer && Source::parts == 1) {
+    if (lean<Source, P>(j, of)) {
+      for (int64_t strip = 0; strip < j.strips; ++strip)
+        run_lean<Source>(j, open(0, j.panel + strip, 0, j.part.weight->width() / 8), strip);
+      return;
+    }
+  }
   const Weight& w = *j.part.weight;
   const Form& form = *j.part.form;
   const Sums& sums = *j.part.sums;
@@ -118,7 +152,7 @@ template <class Source, int P, class Open> void run_chunks(const Job& j, Values 
 
 // Bytes of the panels at hand, which is how far ahead the next ones begin; one panel alone is read close behind.
 int64_t ahead_of(const Job& j, int P, int64_t panel_bytes) {
-  return P == 1 && j.tokens <= few_tokens() ? 1024 : P * panel_bytes;
+  return P == 1 && j.tokens <= few_tokens() ? 4096 : P * panel_bytes;
 }
 
 Fields fields_ahead(const Job& j, int P, int64_t panel) {

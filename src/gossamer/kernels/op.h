@@ -20,8 +20,11 @@ struct Op {
   virtual int phases(int64_t /*rows*/) const { return 1; }
   // Whether a phase is too small to share: the caller then runs it as thread 0 of 1, and no other thread is waited for.
   virtual bool alone(int64_t /*rows*/, int /*phase*/) const { return false; }
+  // Into how many shares (1 to 4) the part of each thread is cut in a phase: memory does not serve all threads alike, and
+  // of several shares the faster thread takes over what the slower has not begun.
+  virtual int pieces(int64_t /*rows*/, int /*phase*/) const { return 1; }
   // Computes share `thread` of `threads` of a phase. `threads` is at most what team_threads() was in the check, and the
-  // same in all phases of a run that are not alone; it may differ from run to run. Called once for each share, by any
+  // same in all phases of a run that are not alone (but for the factor `pieces`); it may differ from run to run. Called once for each share, by any
   // thread of the team, which may run several: so a share must neither wait for another nor leave something in memory
   // of the thread for a later one.
   // An exception is carried to the caller; the rest of the run is left out.

@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -42,6 +43,8 @@ constexpr int kPausesPerLook = 32;  // pauses between two looks at the clock
 constexpr std::chrono::microseconds kStall{500};
 constexpr int kCaution = 8;
 
+constexpr int kMaxPieces = 4;  // see Op::pieces
+
 long preemptions() {
   rusage used;
   return getrusage(RUSAGE_SELF, &used) == 0 ? used.ru_nivcsw : 0;
@@ -73,12 +76,13 @@ class Failure {
 };
 
 // The caller leads: it publishes one phase after the other, each cut into as many shares as there are threads (fewer
-// after a stall). A thread takes the share with its own number, and while it waits any share that nobody has taken. So
+// after a stall), or a few times as many. A thread takes its own shares, and while it waits any that nobody has taken. So
 // a thread that the system does not let run holds up nobody unless it stopped in the middle of a share, where a barrier
 // for all threads would wait for a time slice in every phase.
 class Team {
  public:
-  explicit Team(int threads) : threads_(threads), seats_(static_cast<size_t>(threads)) {
+  explicit Team(int threads)
+      : threads_(threads), seats_(static_cast<size_t>(threads)), taken_(static_cast<size_t>(threads) * kMaxPieces) {
     try {
       for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { serve(t); });
     } catch (const std::system_error&) {
@@ -105,10 +109,15 @@ class Team {
     rows_.store(rows, std::memory_order_relaxed);
     phase_.store(phase, std::memory_order_relaxed);
     failure_.store(&failure, std::memory_order_relaxed);
-    cut_.store(shares_, std::memory_order_relaxed);
-    left_.store(shares_, std::memory_order_relaxed);
+    const int pieces = std::clamp(op.pieces(rows, phase), 1, kMaxPieces), last = std::exchange(last_cut_, shares_ * pieces);
+    // Shares that the phase before did not have count as taken in it, for a thread that is late may still try.
+    for (int i = last; i < last_cut_; ++i)
+      taken_[static_cast<size_t>(i)].phase.store(number_, std::memory_order_relaxed);
+    pieces_.store(pieces, std::memory_order_relaxed);
+    left_.store(last_cut_, std::memory_order_relaxed);
+    cut_.store(last_cut_, std::memory_order_release);
     announce(++number_);
-    take(0, number_);
+    take_own(0, number_);
     Clock::time_point idle{};
     wait([this] { return left_.load(std::memory_order_acquire) == 0; }, number_, 0, idle);
     if (idle == Clock::time_point{}) return;
@@ -122,10 +131,12 @@ class Team {
   }
 
  private:
-  // On a line of memory of its own, so that taking one's share disturbs nobody.
+  // On lines of memory of their own, so that taking one's share disturbs nobody.
   struct alignas(64) Seat {
-    std::atomic<uint64_t> taken{0};   // the last phase whose share of this number was taken
     std::atomic<uint32_t> asleep{0};  // whether the thread of this number sleeps, or is about to
+  };
+  struct alignas(64) Taken {
+    std::atomic<uint64_t> phase{0};  // the last one whose share of this number was taken
   };
   static constexpr uint64_t kStop = ~uint64_t{0};
 
@@ -135,7 +146,7 @@ class Team {
       wait([this, seen] { return number_now_.load(std::memory_order_acquire) != seen; }, seen, t, idle);
       seen = number_now_.load(std::memory_order_acquire);
       if (seen == kStop) return;
-      take(t, seen);
+      take_own(t, seen);
     }
   }
 
@@ -144,16 +155,30 @@ class Team {
     for (auto& worker : workers_) worker.join();
   }
 
+  // A thread's own shares from the first to the last, which follow each other in memory.
+  void take_own(int t, uint64_t phase_number) {
+    const int pieces = pieces_.load(std::memory_order_relaxed);
+    for (int i = 0; i < pieces; ++i) take(t * pieces + i, phase_number);
+  }
+
+  // What others have left: their last shares first, since they take the first ones.
+  void take_left(int t, uint64_t phase_number) {
+    const int pieces = pieces_.load(std::memory_order_relaxed);
+    for (int i = 1; i < threads_; ++i)
+      for (int k = pieces; k-- > 0;) take((t + i) % threads_ * pieces + k, phase_number);
+  }
+
   // Runs a share of a phase, unless it was taken. What a phase consists of is read first and may be that of a later one
   // already, but then all shares of this one have been taken and the exchange fails.
   void take(int number, uint64_t phase_number) {
     Op* const op = op_.load(std::memory_order_relaxed);
     const int64_t rows = rows_.load(std::memory_order_relaxed);
-    const int phase = phase_.load(std::memory_order_relaxed), shares = cut_.load(std::memory_order_relaxed);
+    const int shares = cut_.load(std::memory_order_acquire), phase = phase_.load(std::memory_order_relaxed);
     Failure* const failure = failure_.load(std::memory_order_relaxed);
-    std::atomic<uint64_t>& taken = seats_[static_cast<size_t>(number)].taken;
+    if (number >= shares) return;
+    std::atomic<uint64_t>& taken = taken_[static_cast<size_t>(number)].phase;
     uint64_t last = taken.load(std::memory_order_relaxed);
-    if (number >= shares || last >= phase_number) return;
+    if (last >= phase_number) return;
     if (!taken.compare_exchange_strong(last, phase_number, std::memory_order_acq_rel)) return;
     failure->call(*op, rows, phase, number, shares);
     if (left_.fetch_sub(1) == 1) wake(seats_[0]);
@@ -164,8 +189,7 @@ class Team {
   template <class Done>
   void wait(const Done& done, uint64_t phase_number, int t, Clock::time_point& idle) {
     if (soon(done)) return;  // most waits end here, before the clock is read
-    if (t < cut_.load(std::memory_order_relaxed))
-      for (int i = 1; i < threads_; ++i) take((t + i) % threads_, phase_number);
+    if (t < cut_.load(std::memory_order_relaxed)) take_left(t, phase_number);
     idle = Clock::now();
     while (Clock::now() < idle + kSpin)
       if (soon(done)) return;
@@ -203,13 +227,15 @@ class Team {
 
   const int threads_;
   std::vector<Seat> seats_;
+  std::vector<Taken> taken_;  // of each share
   uint64_t number_ = 0;                             // the caller's, as all up to preemptions_
-  int shares_ = threads_, next_shares_ = threads_;  // of this op, of the next one
+  int shares_ = threads_, next_shares_ = threads_;  // of this op, of the next one, before they are cut into pieces
+  int last_cut_ = 0;                                // how many shares the last phase had
   Clock::time_point restore_{};                     // when they become as many as there are threads again
   long preemptions_ = preemptions();
   std::atomic<Op*> op_{nullptr};
   std::atomic<int64_t> rows_{0};
-  std::atomic<int> phase_{0}, cut_{0};
+  std::atomic<int> phase_{0}, cut_{0}, pieces_{1};
   std::atomic<Failure*> failure_{nullptr};
   alignas(64) std::atomic<uint64_t> number_now_{0};
   alignas(64) std::atomic<int> left_{0};  // shares of the phase that are not done
