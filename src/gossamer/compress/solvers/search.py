@@ -22,6 +22,7 @@ __all__ = ["Search", "fit_grid"]
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
+FEW = 4  # bits of a scale: its neighbours are far
 OUTER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # ranges of scales that are tried where these are a format
 
 
@@ -305,7 +306,11 @@ def _nested(
     best, least = np.ones_like(top), np.full(top.shape, np.inf)
     for ratio in OUTER:
         bound = spread(ratio * top)
-        error = score.tiles(errors(store(np.clip(exact, -bound, bound))))
+        found = store(np.clip(exact, -bound, bound))
+        error = score.tiles(errors(found))
+        if kind.number.bits <= FEW:  # a neighbour will be taken where it is better
+            for by in (-1, 1):
+                error = np.minimum(error, score.tiles(errors(found.shifted(by))))
         total = np.add.reduceat(np.add.reduceat(error, outer_rows, axis=0), outer_columns, axis=1)
         better = total < least
         best, least = np.where(better, ratio, best), np.where(better, total, least)
