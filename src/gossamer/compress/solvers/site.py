@@ -42,7 +42,7 @@ from gossamer.formats import (
 )
 from gossamer.formats.composite import padded, refuse_hints, refuse_infinite
 
-__all__ = ["SitePacked", "solve"]
+__all__ = ["SiteError", "SitePacked", "Solver", "solve"]
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
