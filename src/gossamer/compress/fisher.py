@@ -89,9 +89,9 @@ class OutputFisher:
     """Second moments over tokens of the gradient of a sequence's summed loss for a site's outputs: E[dy^2], float32
     [rows], and with ``full`` also E[dy dy^T], float32 [rows, rows], for ``sites`` (names; None: all).
 
-    With labels that the model drew itself this is the Fisher information of the outputs: errors that are independent from
-    row to row and token to token, of mean square E[e_r^2] in row r, raise the mean loss of a token by about the sum over
-    rows of E[dy_r^2] E[e_r^2] / 2. Every token of a sequence counts as labelled.
+    With labels that the model drew itself this is the Fisher information of the outputs: errors that are independent
+    from row to row and token to token, of mean square E[e_r^2] in row r, raise the mean loss of a token by about the
+    sum over rows of E[dy_r^2] E[e_r^2] / 2. Every token of a sequence counts as labelled.
     """
 
     def __init__(self, sites: Collection[str] | None = None, *, full: bool = False) -> None:
