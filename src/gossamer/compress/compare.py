@@ -317,14 +317,18 @@ def _entry(text: str) -> _Entry:
     return _Entry(str(parse(name)), "format", ["format", str(parse(name))])
 
 
+_QUALITY = (
+    *("bytes", "bits_per_weight", "formats", "kl_mean", "kl_mean_stderr", "kl_p99", "top1_agreement", "perplexity"),
+    *("nll_increase", "nll_increase_stderr"),
+)
+
+
 def _as_row(name: str, kind: str, quality: Mapping[str, Any], speed: Mapping[str, Any] | None, kept: bool) -> Row:
-    fields = ("bytes", "bits_per_weight", "kl_mean", "kl_mean_stderr", "kl_p99", "top1_agreement", "perplexity")
-    fields += ("nll_increase", "nll_increase_stderr", "formats")
     rates = speed or {}
     return Row(
         name=name,
         kind=kind,
-        **{field: quality[field] for field in fields},
+        **{field: quality[field] for field in _QUALITY},
         decode_tps=rates.get("decode_tps"),
         decode_tps_range=tuple(rates["decode_tps_range"]) if rates else None,
         prefill_tps=rates.get("prefill_tps"),

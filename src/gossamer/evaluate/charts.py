@@ -20,13 +20,14 @@ _SERIES = 8  # colours; more series begin again with another dash
 
 # Colours that people with any kind of colour vision tell apart (Okabe and Ito, 2008), lighter in the dark.
 STYLE = """
-.chart{--ink:#222;--faint:#8a8a8a;--grid:#ddd;--c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#a6568b;--c4:#7a6a00;
+.chart{--bg:#fff;--ink:#222;--faint:#8a8a8a;--grid:#ddd;--c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#a6568b;--c4:#7a6a00;
 --c5:#2b9ccf;--c6:#555;--c7:#b8860b;font:12px system-ui,sans-serif}
-@media (prefers-color-scheme:dark){.chart{--ink:#e6e6e6;--faint:#9a9a9a;--grid:#3a3a3a;--c0:#56b4e9;--c1:#ff9a4d;
---c2:#3fd1a4;--c3:#dd8fc4;--c4:#e6d94a;--c5:#8fd3f4;--c6:#bbb;--c7:#f0c75e}}
+@media (prefers-color-scheme:dark){.chart{--bg:#16181c;--ink:#e6e6e6;--faint:#9a9a9a;--grid:#3a3a3a;--c0:#56b4e9;
+--c1:#ff9a4d;--c2:#3fd1a4;--c3:#dd8fc4;--c4:#e6d94a;--c5:#8fd3f4;--c6:#bbb;--c7:#f0c75e}}
 .chart text{fill:var(--ink)}.chart .faint{fill:var(--faint)}
 .chart .grid{stroke:var(--grid);stroke-width:1}.chart .axis{stroke:var(--faint);stroke-width:1}
 .chart .line{fill:none;stroke-width:2}.chart .front{fill:none;stroke:var(--faint);stroke-width:1.5;stroke-dasharray:5 4}
+.chart .over{paint-order:stroke;stroke:var(--bg);stroke-width:4px;stroke-linejoin:round}
 .chart .whisker{stroke:var(--faint);stroke-width:1.5}
 """ + "".join(f".chart .f{i}{{fill:var(--c{i})}}.chart .s{i}{{stroke:var(--c{i})}}" for i in range(_SERIES))
 
@@ -38,7 +39,7 @@ def number(value: float) -> str:
         digits = 0 if size >= 1000 else max(0, 2 - math.floor(math.log10(size))) if value else 0
         text = f"{value:,.{min(digits, 6)}f}"
         return text.rstrip("0").rstrip(".") if "." in text else text
-    return f"{value:,.0f}" if 1e4 <= size < 1e7 else f"{value:.2g}"
+    return f"{value:,.0f}" if 1e4 <= size < 1e7 else f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def bars(title: str, rows: Sequence[tuple[str, float, str]]) -> str:
@@ -131,10 +132,11 @@ def scatter(title: str, x_name: str, y_name: str, more_name: str, points: Sequen
             f'<circle class="f{color} s{color}" fill-opacity=".55" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}">'
             f"<title>{escape(told)}</title></circle>"
         )
-        labels.append((y + 4, x + radius + 5, p.label))
+        labels.append((y - 5, x + radius + 3, p.label))  # above the line that leaves the point
     for y, x, label in _beside(labels):
         anchor = ' text-anchor="end"' if x > WIDTH - 7 * len(label) else ""
-        parts.append(f'<text x="{x if not anchor else x - 28:.1f}" y="{y:.1f}"{anchor}>{escape(label)}</text>')
+        at = x - 28 if anchor else x
+        parts.append(f'<text class="over" x="{at:.1f}" y="{y:.1f}"{anchor}>{escape(label)}</text>')
     described = "; ".join(f"{p.label}: {number(p.x)}, {number(p.y)}" for p in points)
     return _svg(title, f"{y_name} by {x_name}. {described}", height, parts)
 
