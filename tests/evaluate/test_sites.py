@@ -78,13 +78,16 @@ def test_what_a_ledger_says(folder):
     ledger = json.loads(path.read_text())
     name = "model.layers.1.mlp.up_proj"
     ledger["sites"] = {
-        name: {"weight_sqnr_db": 21.5, "output_relative": 0.003, "output_mse": 2},
-        "model.layers.0.mlp.up_proj": {"weight_sqnr_db": "much", "output_mse": True},
+        name: {"sqnr_db": 21.5, "output_relative": 0.003, "output_mse": 2},
+        "model.layers.0.mlp.up_proj": {"sqnr_db": "much", "output_mse": True},
         "model.layers.0.mlp.gate_proj": 7,
+        "model.layers.0.mlp.down_proj": {"sqnr_db": None, "output_mse": 0.0},
     }
     path.write_text(json.dumps(ledger))
     rows = {r.name: r for r in ledger_errors(open_checkpoint(folder))}
     assert (rows[name].sqnr_db, rows[name].output_relative, rows[name].output_mse) == (21.5, 0.003, 2.0)
     assert rows["model.layers.0.mlp.up_proj"].sqnr_db is rows["model.layers.0.mlp.gate_proj"].output_mse is None
     assert rows["model.layers.0.mlp.up_proj"].output_mse is None
+    assert rows["model.layers.0.mlp.down_proj"].exact
+    assert sum(r.exact for r in rows.values()) == 1
     assert len(rows) == 15

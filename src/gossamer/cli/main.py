@@ -214,7 +214,8 @@ def _parser() -> argparse.ArgumentParser:
         "--recipes",
         required=True,
         metavar="A,B,...",
-        help="recipes, format expressions such as int4/g32 and compressed folders, measured one after the other",
+        help="recipes, recipes with another format such as gptq:int3/g64, format expressions such as int4/g32, and "
+        "compressed folders",
     )
     keep(p)
     p.add_argument(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -18,7 +19,13 @@ from typing import Any
 
 import gossamer
 from gossamer import ops
+from gossamer.checkpoints.folder import json_file
 from gossamer.checkpoints.safetensors_writer import write_error
+from gossamer.compress import recipe as recipes
+from gossamer.compress.job import Job
+from gossamer.compress.job import compress as compress_by
+from gossamer.compress.recipe import Recipe
+from gossamer.compress.watch import Watch
 from gossamer.engine.llm import LLM
 from gossamer.errors import ResourceError, UsageError
 from gossamer.evaluate.charts import Point, frontier, scatter, standalone
@@ -56,8 +63,9 @@ class Options:
 class Row:
     """One candidate. Quality as in ``Result``; speeds are tokens a second, None where they were not asked for.
 
-    ``kind`` is "format", "folder" or "base"; ``best`` tells whether no other row beats it in both bytes and KL.
-    ``kept`` tells whether all of it had been measured before.
+    ``kind`` is "recipe", "format", "folder" or "base"; ``best`` tells whether no other row beats it in both bytes and
+    KL. ``seconds`` and ``peak_bytes`` are what a recipe took to compress. ``kept`` tells whether all of the row had
+    been measured before.
     """
 
     name: str
@@ -75,6 +83,8 @@ class Row:
     decode_tps: float | None
     decode_tps_range: tuple[float, float] | None
     prefill_tps: float | None
+    seconds: float | None
+    peak_bytes: int | None
     best: bool
     kept: bool
 
@@ -113,14 +123,17 @@ def compare(
     fresh: bool = False,
     step: Step | None = None,
 ) -> Comparison:
-    """Measures each of ``entries`` on ``model``, a path: format expressions and compressed folders.
+    """Measures each of ``entries`` on ``model``, a path.
 
-    ``keep`` overrides formats as for ``LLM``. ``against`` is the base of the divergence (None: the model as it is).
+    An entry is a recipe's name or file, ``RECIPE:EXPR`` for that recipe with another format, a format expression for
+    plain rounding, or a compressed folder. ``keep`` overrides the formats of the first three as for ``LLM``.
+    ``against`` is the base of the divergence (None: the model as it is).
     ``cache`` is where rows are kept (None: ``gossamer/compare`` in the user's cache); ``fresh`` measures again what is
     there. ``step`` is told what is being done and gives the callback for its progress.
 
-    Raises UsageError for an entry that is neither, named before anything is measured, and what ``LLM``, ``evaluate``
-    and ``bench`` raise.
+    A recipe is compressed into the cache, by a run that goes on where an earlier one was stopped, and its folder is
+    removed when the row is complete. Raises UsageError for an entry that is none of these, before anything is
+    measured, and what ``compress``, ``LLM``, ``evaluate`` and ``bench`` raise.
     """
     return _Run(model, entries, text, keep, against, options or Options(), cache, fresh, step or _silent).run()
 
@@ -135,6 +148,7 @@ class _Entry:
     name: str
     kind: str
     identity: Any  # what its figures depend on, as JSON
+    recipe: Recipe | None = None
 
 
 class _Run:
@@ -153,13 +167,13 @@ class _Run:
         self.text, self.options, self.fresh, self.step = text, options, fresh, step
         self.keep = [(pattern, str(parse(expression))) for pattern, expression in keep]
         self.cache = Path(cache) if cache is not None else _user_cache()
-        self.entries = [_entry(e) for e in entries]
-        if not self.entries:
-            raise UsageError("there is nothing to compare; name formats or compressed folders with --recipes.")
-        if len({e.name for e in self.entries}) < len(self.entries):
-            raise UsageError("--recipes names the same thing twice; name each once.")
         self.checkpoint = open_checkpoint(model)
         self.base_checkpoint = self.checkpoint if against is None else open_checkpoint(against)
+        self.entries = [self._entry(e) for e in entries]
+        if not self.entries:
+            raise UsageError("there is nothing to compare; name recipes, formats or compressed folders with --recipes.")
+        if len({e.name for e in self.entries}) < len(self.entries):
+            raise UsageError("--recipes names the same thing twice; name each once.")
         with step("reading the model") as progress:
             self.model_key = fingerprint(Path(model), progress)
             self.base_key = self.model_key if against is None else fingerprint(Path(against), progress)
@@ -183,15 +197,41 @@ class _Run:
             rows=[Row(**(vars(r) | {"best": r.name in best})) for r in rows],
         )
 
+    def _entry(self, text: str) -> _Entry:
+        name = text.strip()
+        first, _, expression = name.partition(":")
+        if name in recipes.names() or Path(name).suffix in (".yaml", ".yml"):
+            recipe = recipes.load(name)
+        elif expression and first in recipes.names():
+            recipe = recipes.of_format(expression, recipes.load(first))
+        elif name and Path(name).is_dir():
+            return _Entry(name, "folder", ["folder", fingerprint(Path(name))])
+        else:
+            name = str(parse(name))
+            return _Entry(name, "format", ["format", name])
+        options = Job(self.checkpoint, recipe, keep=self.keep).options  # refuses what cannot be done
+        return _Entry(name, "recipe", ["recipe", options], recipe)
+
     # ------------------------------------------------------------ rows
 
     def _row(self, entry: _Entry) -> Row:
         quality_key, speed_key = self._quality_key(entry.identity), self._speed_key(entry.identity)
         wanted = [quality_key] + ([speed_key] if self.options.repetitions else [])
         kept = not self.fresh and all(self._kept(key) is not None for key in wanted)
-        llm = None if kept else self._load(entry)
-        quality = self._part(f"{entry.name}, quality", quality_key, lambda p: self._quality(llm, p).to_json())
+        folder = self.cache / f"{quality_key}.model" if entry.recipe is not None else None
+        llm = None if kept else self._load(entry, folder)
+
+        def measured(progress: Progress) -> dict[str, Any]:
+            assert llm is not None  # loaded where a part is missing
+            result = evaluate(llm, self.text, against=self.base, progress=progress, **self._how())
+            work = json_file(folder / "gossamer.json").get("measured", {}) if folder is not None else {}
+            return {**result.to_json(), "seconds": work.get("seconds"), "peak_bytes": work.get("peak_bytes")}
+
+        quality = self._part(f"{entry.name}, quality", quality_key, measured)
         speed = self._speed(entry.name, speed_key, llm)
+        if folder is not None:
+            del llm
+            shutil.rmtree(folder, ignore_errors=True)
         return _as_row(entry.name, entry.kind, quality, speed, kept)
 
     def _base_row(self, noise: Mapping[str, Any]) -> Row:
@@ -201,16 +241,20 @@ class _Run:
         kept = not self.fresh and (not self.options.repetitions or self._kept(key) is not None)
         speed = self._speed(BASE, key, None if kept else self.base)
         same = {"kl_mean": 0.0, "kl_mean_stderr": None, "kl_p99": 0.0, "top1_agreement": 1.0, "nll_increase": 0.0}
-        same |= {"nll_increase_stderr": None, "perplexity": noise["base_perplexity"]}
-        same |= {"bytes": noise["base_bytes"], "formats": noise["base_formats"]}
+        same |= {"nll_increase_stderr": None, "seconds": None, "peak_bytes": None}
+        same |= {"perplexity": noise["base_perplexity"], "formats": noise["base_formats"]}
+        same |= {"bytes": noise["base_bytes"]}
         same |= {"bits_per_weight": 8 * noise["base_bytes"] / checkpoint.topology.parameters}
         return _as_row(BASE, BASE, same, speed, kept)
 
-    def _load(self, entry: _Entry) -> LLM:
+    def _load(self, entry: _Entry, folder: Path | None) -> LLM:
+        path = Path(entry.name) if entry.kind == "folder" else folder
+        if entry.recipe is not None and folder is not None and not folder.exists():
+            compress_by(self.checkpoint, folder, entry.recipe, keep=self.keep, watch=_Told(entry.name, self.step))
+        source = self.checkpoint if path is None else open_checkpoint(path)
+        form = entry.name if entry.kind == "format" else None
+        keep = self.keep if entry.kind == "format" else ()
         with self.step(f"{entry.name}, loading") as progress:
-            source = open_checkpoint(entry.name) if entry.kind == "folder" else self.checkpoint
-            form = entry.name if entry.kind == "format" else None
-            keep = self.keep if entry.kind == "format" else ()
             return LLM(source, format=form, keep=keep, context=self._context(source), progress=progress)
 
     @property
@@ -233,10 +277,6 @@ class _Run:
     def _how(self) -> dict[str, Any]:
         o = self.options
         return {"tokens": o.tokens, "window": o.window, "score": o.score, "bos": o.bos}
-
-    def _quality(self, llm: LLM | None, progress: Progress) -> Result:
-        assert llm is not None  # loaded where a part is missing
-        return evaluate(llm, self.text, against=self.base, progress=progress, **self._how())
 
     def _noise(self, progress: Progress) -> _Noise:
         base = self.base
@@ -298,6 +338,18 @@ class _Run:
         return found
 
 
+class _Told(Watch):
+    """The phases of a compression as steps of the comparison."""
+
+    def __init__(self, name: str, step: Step) -> None:
+        self._name, self._step = name, step
+
+    @contextmanager
+    def phase(self, what: str) -> Iterator[Progress]:
+        with self._step(f"{self._name}, {what}") as progress:
+            yield progress
+
+
 @dataclass(frozen=True)
 class _Noise:
     """The noise floor, and what the base takes."""
@@ -310,16 +362,9 @@ class _Noise:
         return {**self.result.to_json(), "base_bytes": self.nbytes, "base_formats": self.formats}
 
 
-def _entry(text: str) -> _Entry:
-    name = text.strip()
-    if name and Path(name).is_dir():
-        return _Entry(name, "folder", ["folder", fingerprint(Path(name), None)])
-    return _Entry(str(parse(name)), "format", ["format", str(parse(name))])
-
-
 _QUALITY = (
     *("bytes", "bits_per_weight", "formats", "kl_mean", "kl_mean_stderr", "kl_p99", "top1_agreement", "perplexity"),
-    *("nll_increase", "nll_increase_stderr"),
+    *("nll_increase", "nll_increase_stderr", "seconds", "peak_bytes"),
 )
 
 

@@ -168,12 +168,14 @@ class _Axis:
         self.log, self.start, self.end = log, start, end
         if log:
             low, high = math.log10(low), math.log10(max(high, low * 1.01))
-            self.ticks = [10.0**e for e in range(math.floor(low), math.ceil(high) + 1)]
-            if len(self.ticks) < 4:
-                self.ticks = sorted({m * t for t in self.ticks for m in (1, 2, 5)})
             pad = 0.06 * (high - low)
             self.low, self.high = low - pad, high + pad
-            self.ticks = [t for t in self.ticks if self.low <= math.log10(t) <= self.high]
+            powers = [10.0**e for e in range(math.floor(low) - 1, math.ceil(high) + 1)]
+            for steps in ((1.0,), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)):
+                ticks = sorted({m * p for p in powers for m in steps})
+                self.ticks = [t for t in ticks if self.low <= math.log10(t) <= self.high]
+                if len(self.ticks) >= 3:
+                    break
             return
         if high == low:
             low, high = low - abs(low or 1) / 10, high + abs(high or 1) / 10

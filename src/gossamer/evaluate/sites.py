@@ -116,7 +116,6 @@ def ledger_errors(folder: PackedFolder) -> list[SiteError]:
         entry = ledger.get(site.name)
         entry = entry if isinstance(entry, dict) else {}
         nbytes = sum(a.nbytes for a in folder.stored(site).arrays.values())
-        sqnr = _number(entry, "weight_sqnr_db", "sqnr_db", "snqr_db", "sqnr")
         rows.append(
             SiteError(
                 site.name,
@@ -124,8 +123,8 @@ def ledger_errors(folder: PackedFolder) -> list[SiteError]:
                 str(folder.native(site)),
                 nbytes,
                 8 * nbytes / (site.rows * site.cols),
-                sqnr,
-                False,
+                _number(entry, "sqnr_db"),
+                entry.get("sqnr_db", 0) is None,  # an exact copy has no noise to measure
                 _number(entry, "output_mse"),
                 _number(entry, "output_relative"),
             )
@@ -133,12 +132,11 @@ def ledger_errors(folder: PackedFolder) -> list[SiteError]:
     return rows
 
 
-def _number(entry: Mapping[str, Any], *names: str) -> float | None:
-    for name in names:
-        value = entry.get(name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    return None
+def _number(entry: Mapping[str, Any], name: str) -> float | None:
+    value = entry.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def by_role(rows: Iterable[SiteError]) -> list[SiteError]:
