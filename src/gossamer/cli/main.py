@@ -236,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     as_json(p)
 
     p = verb("report", "Write one HTML page about a compressed model: sizes, errors, quality, provenance.")
-    p.add_argument("folder", metavar="DIR", help="a folder that 'compress' or 'compare -o' wrote")
+    p.add_argument("folder", metavar="DIR", help="a folder that 'compress MODEL' or 'compare MODEL -o' wrote")
     p.add_argument(
         "-o", "--output", metavar="FILE", help="the page to write (default: DIR's name with .html, in this folder)"
     )

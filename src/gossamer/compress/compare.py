@@ -181,8 +181,10 @@ class _Run:
         self._base: LLM | None = None
 
     def run(self) -> Comparison:
-        noise = self._part(f"{BASE}, quality", self._quality_key(BASE), lambda p: self._noise(p).to_json())
-        base = self._base_row(noise)
+        key = self._quality_key(BASE)
+        kept = not self.fresh and self._kept(key) is not None
+        noise = self._part(f"{BASE}, quality", key, lambda p: self._noise(p).to_json())
+        base = self._base_row(noise, kept)
         rows = [base, *(self._row(entry) for entry in self.entries)]
         best = {p.label for p in frontier([Point(r.name, r.bytes, r.kl_mean) for r in rows])}
         return Comparison(
@@ -208,7 +210,7 @@ class _Run:
             return _Entry(name, "folder", ["folder", fingerprint(Path(name))])
         else:
             name = str(parse(name))
-            return _Entry(name, "format", ["format", name])
+            return _Entry(name, "format", ["format", name, self.keep])
         options = Job(self.checkpoint, recipe, keep=self.keep).options  # refuses what cannot be done
         return _Entry(name, "recipe", ["recipe", options], recipe)
 
@@ -234,18 +236,18 @@ class _Run:
             shutil.rmtree(folder, ignore_errors=True)
         return _as_row(entry.name, entry.kind, quality, speed, kept)
 
-    def _base_row(self, noise: Mapping[str, Any]) -> Row:
+    def _base_row(self, noise: Mapping[str, Any], kept: bool) -> Row:
         """The base beside itself: no divergence, its own bytes and speed."""
         checkpoint = self.base_checkpoint
         key = self._speed_key(BASE)
-        kept = not self.fresh and (not self.options.repetitions or self._kept(key) is not None)
-        speed = self._speed(BASE, key, None if kept else self.base)
+        fast = not self.fresh and (not self.options.repetitions or self._kept(key) is not None)
+        speed = self._speed(BASE, key, None if fast else self.base)
         same = {"kl_mean": 0.0, "kl_mean_stderr": None, "kl_p99": 0.0, "top1_agreement": 1.0, "nll_increase": 0.0}
         same |= {"nll_increase_stderr": None, "seconds": None, "peak_bytes": None}
         same |= {"perplexity": noise["base_perplexity"], "formats": noise["base_formats"]}
         same |= {"bytes": noise["base_bytes"]}
         same |= {"bits_per_weight": 8 * noise["base_bytes"] / checkpoint.topology.parameters}
-        return _as_row(BASE, BASE, same, speed, kept)
+        return _as_row(BASE, BASE, same, speed, kept and fast)
 
     def _load(self, entry: _Entry, folder: Path | None) -> LLM:
         path = Path(entry.name) if entry.kind == "folder" else folder
@@ -304,13 +306,13 @@ class _Run:
     # ------------------------------------------------------------ what is kept
 
     def _quality_key(self, identity: Any) -> str:
-        return _key("quality", self.model_key, self.base_key, identity, self.keep, self.text.sha256, self._how())
+        return _key("quality", self.model_key, self.base_key, identity, self.text.sha256, self._how())
 
     def _speed_key(self, identity: Any) -> str:
         o = self.options
         how = [o.repetitions, o.decode, o.prefill, o.window]
         model = self.base_key if identity == BASE else self.model_key
-        return _key("speed", model, identity, self.keep, how, self.machine)
+        return _key("speed", model, identity, how, self.machine)
 
     def _kept(self, key: str) -> dict[str, Any] | None:
         """A row of the cache; None for one that is not there, or is not whole."""
