@@ -116,6 +116,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
         (["compare", "{tiny}", "--recipes", "rtn:int9/g32"], "'int9' is not a number format"),
         (["compare", "{tiny}", "--recipes", "mine.yaml"], "the recipe mine.yaml cannot be read: No such file"),
         (["compare", "{tiny}", "--recipes", "bf16", "--keep", "x"], "--keep 'x' does not read as"),
+        (["compare", "{tiny}", "--recipes", "bf16", "--inputs", "int8/tok"], "did you mean 'token'?"),
         (["compare", "{tiny}", "--recipes", "bf16", "--text", "nothing"], "there is no text 'nothing'"),
         (["compare", "{tiny}", "--recipes", "bf16", "--window", "2000", "--cache", "."], "--window 2000 is too long"),
         (["compare", "{tiny}", "--recipes", "bf16", "-o", "/proc/x"], "/proc/x cannot be written: "),

@@ -25,7 +25,7 @@ VERBS = {
     "eval": {"--against", "--format", "--against-format", "--text", "--tokens", "--window", "--score", "--kv"}
     | {"--threads", "--json", "--tasks", "--limit", "--windows", "--no-bos", "--noise", "--answers", "--sites"},
     "compare": {"--recipes", "--keep", "--text", "--tokens", "--windows", "--window", "--score", "--no-bos"}
-    | {"--against", "--no-speed", "--output", "--cache", "--fresh", "--threads", "--json"},
+    | {"--against", "--inputs", "--no-speed", "--output", "--cache", "--fresh", "--threads", "--json"},
     "report": {"--output", "--against", "--results"},
     "bench": {"--shape", "--format", "--formats", "--keep", "--batch", "--prompt", "--tokens", "--repetitions"}
     | {"--peer", "--peer-model", "--peer-python", "--plot", "--threads", "--json"},

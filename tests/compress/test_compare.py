@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,24 @@ def test_what_is_said(tiny: Path, tmp_path: Path) -> None:
     assert said[0] == "reading the model"
     assert {"base, loading", "base, quality", "int4/g32, loading", "int4/g32, quality"} <= set(said)
     assert any(s.startswith("rtn:int8/g32, ") for s in said)
+
+
+def test_other_inputs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = ["int4/g32 @ f32", "rtn:int4/g32"]
+    options = replace(QUICK, inputs="int8/token", keep_folders=True)
+    keep = [("embed", "bf16")]
+    found = compare(tiny, entries, TEXT, keep=keep, options=options, cache=tmp_path)
+    for row in found.rows[1:]:
+        assert row.formats == {"int4/g32 @ int8/token": 14, "bf16": 1}  # dense weights take no integers
+    assert found.rows[1].kl_mean == found.rows[2].kl_mean
+    assert list(found.rows[0].formats) == ["uint4/g32-m(f16)", "int8/g32"]
+    (folder,) = tmp_path.glob("*.model")
+    monkeypatch.setattr(module, "compress_by", None)  # what is there is not made again
+    again = compare(tiny, entries, TEXT, keep=keep, options=replace(QUICK, inputs=" f32 "), cache=tmp_path)
+    assert again.rows[0].kept
+    assert not again.rows[1].kept
+    assert again.rows[2].formats == {"int4/g32 @ f32": 14, "bf16 @ f32": 1}
+    assert not folder.exists()  # taken, then removed
 
 
 def test_another_base(tiny: Path, tmp_path: Path) -> None:

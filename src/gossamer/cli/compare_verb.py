@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         passage,
         keep=keep,
         against=None if args.against is None else resolve(args.against),
-        options=Options(**how, repetitions=0 if args.no_speed else Options.repetitions),
+        options=Options(**how, inputs=args.inputs, repetitions=0 if args.no_speed else Options.repetitions),
         cache=args.cache,
         fresh=args.fresh,
         step=step,

@@ -226,6 +226,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     windows(p)
     p.add_argument("--against", metavar="BASE", help="the base of the divergence (default: MODEL as it is)")
+    p.add_argument(
+        "--inputs",
+        metavar="EXPR",
+        help="run every row with these inputs, such as bf16 or int8/g32, where its weights can take them "
+        "(default: as each format says)",
+    )
     p.add_argument("--no-speed", action="store_true", help="leave the speed of decoding out")
     p.add_argument(
         "-o", "--output", metavar="DIR", help="write compare.json, frontier.svg and report.html into this folder"

@@ -13,7 +13,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,14 @@ from gossamer.compress.job import Job
 from gossamer.compress.job import compress as compress_by
 from gossamer.compress.recipe import Recipe
 from gossamer.compress.watch import Watch
-from gossamer.engine.llm import LLM
-from gossamer.errors import ResourceError, UsageError
+from gossamer.engine.llm import LLM, chooser
+from gossamer.errors import FormatError, ResourceError, UsageError
 from gossamer.evaluate.charts import Point, frontier, scatter, standalone
 from gossamer.evaluate.html import COMPARE
 from gossamer.evaluate.score import Result, evaluate, formats_used, noise_floor
 from gossamer.evaluate.speed import bench
 from gossamer.evaluate.texts import Text
-from gossamer.formats import parse
+from gossamer.formats import parse, parse_input
 from gossamer.models.checkpoint import Checkpoint, open_checkpoint
 from gossamer.models.load import Progress
 
@@ -48,7 +48,11 @@ Step = Callable[[str], AbstractContextManager[Progress]]
 
 @dataclass(frozen=True)
 class Options:
-    """How rows are measured: as ``evaluate`` takes them, and the repetitions of ``bench`` (0: no speed)."""
+    """How rows are measured: as ``evaluate`` takes them, and the repetitions of ``bench`` (0: no speed).
+
+    ``inputs`` replaces the input format of every site that can take it (None: as the row's formats say); the base
+    keeps its own. ``keep_folders`` leaves what recipes made in the cache, for a later call with other options.
+    """
 
     tokens: int = 8192
     window: int = 512
@@ -57,6 +61,8 @@ class Options:
     repetitions: int = 5
     decode: int = 64
     prefill: int = 128
+    inputs: str | None = None
+    keep_folders: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,8 @@ class _Run:
     ) -> None:
         self.text, self.options, self.fresh, self.step = text, options, fresh, step
         self.keep = [(pattern, str(parse(expression))) for pattern, expression in keep]
+        if self.options.inputs is not None:
+            self.options = replace(self.options, inputs=str(parse_input(self.options.inputs)))
         self.cache = Path(cache) if cache is not None else _user_cache()
         self.checkpoint = open_checkpoint(model)
         self.base_checkpoint = self.checkpoint if against is None else open_checkpoint(against)
@@ -220,7 +228,9 @@ class _Run:
         quality_key, speed_key = self._quality_key(entry.identity), self._speed_key(entry.identity)
         wanted = [quality_key] + ([speed_key] if self.options.repetitions else [])
         kept = not self.fresh and all(self._kept(key) is not None for key in wanted)
-        folder = self.cache / f"{quality_key}.model" if entry.recipe is not None else None
+        folder = None
+        if entry.recipe is not None:
+            folder = self.cache / f"{_key('model', self.model_key, entry.identity)}.model"
         llm = None if kept else self._load(entry, folder)
 
         def measured(progress: Progress) -> dict[str, Any]:
@@ -231,7 +241,7 @@ class _Run:
 
         quality = self._part(f"{entry.name}, quality", quality_key, measured)
         speed = self._speed(entry.name, speed_key, llm)
-        if folder is not None:
+        if folder is not None and not self.options.keep_folders:
             del llm
             shutil.rmtree(folder, ignore_errors=True)
         return _as_row(entry.name, entry.kind, quality, speed, kept)
@@ -255,7 +265,9 @@ class _Run:
             compress_by(self.checkpoint, folder, entry.recipe, keep=self.keep, watch=_Told(entry.name, self.step))
         source = self.checkpoint if path is None else open_checkpoint(path)
         form = entry.name if entry.kind == "format" else None
-        keep = self.keep if entry.kind == "format" else ()
+        keep = self.keep if entry.kind == "format" else []
+        if self.options.inputs is not None:
+            form, keep = None, _with_inputs(source, form, keep, self.options.inputs)
         with self.step(f"{entry.name}, loading") as progress:
             return LLM(source, format=form, keep=keep, context=self._context(source), progress=progress)
 
@@ -306,11 +318,15 @@ class _Run:
     # ------------------------------------------------------------ what is kept
 
     def _quality_key(self, identity: Any) -> str:
-        return _key("quality", self.model_key, self.base_key, identity, self.text.sha256, self._how())
+        model, inputs = [self.model_key, self.base_key], self._inputs(identity)
+        return _key("quality", *model, identity, inputs, self.text.sha256, self._how())
+
+    def _inputs(self, identity: Any) -> str | None:
+        return None if identity == BASE else self.options.inputs
 
     def _speed_key(self, identity: Any) -> str:
         o = self.options
-        how = [o.repetitions, o.decode, o.prefill, o.window]
+        how = [o.repetitions, o.decode, o.prefill, o.window, self._inputs(identity)]
         model = self.base_key if identity == BASE else self.model_key
         return _key("speed", model, identity, how, self.machine)
 
@@ -338,6 +354,22 @@ class _Run:
             except OSError as error:
                 raise ResourceError(f"{write_error(path, error)}; name another place with --cache.") from None
         return found
+
+
+def _with_inputs(
+    source: Checkpoint, form: str | None, keep: Sequence[tuple[str, str]], inputs: str
+) -> list[tuple[str, str]]:
+    """Each site's format with other inputs; as it is where its weight cannot take them."""
+    wanted = parse_input(inputs)
+    rules = [(pattern, parse(text)) for pattern, text in keep]
+    choose = chooser(None if form is None else parse(form), rules, source.topology)
+    found = []
+    for site in source.topology.sites:
+        fmt = choose(site) or source.native(site)
+        with suppress(FormatError):  # dense weights take no integer inputs
+            fmt = replace(fmt, input=wanted)
+        found.append((site.name, f"{fmt.weight} @ {fmt.input}"))
+    return found
 
 
 class _Told(Watch):
