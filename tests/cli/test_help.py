@@ -14,6 +14,7 @@ from gossamer.checkpoints.names import KNOWN
 from gossamer.cli import main as cli
 from gossamer.evaluate.score import SCORES
 from gossamer.evaluate.shapes import SHAPES
+from gossamer.evaluate.tasks import TASKS
 from gossamer.evaluate.texts import NAMES
 
 VERBS = {
@@ -23,7 +24,10 @@ VERBS = {
     "compress": {"--output", "--recipe", "--format", "--keep", "--calibration", "--calibration-tokens", "--seed"}
     | {"--dry-run", "--threads", "--json"},
     "eval": {"--against", "--format", "--against-format", "--text", "--tokens", "--window", "--score", "--kv"}
-    | {"--threads", "--json"},
+    | {"--threads", "--json", "--tasks", "--limit", "--windows", "--no-bos", "--noise", "--answers", "--sites"},
+    "compare": {"--recipes", "--keep", "--text", "--tokens", "--windows", "--window", "--score", "--no-bos"}
+    | {"--against", "--inputs", "--no-speed", "--output", "--cache", "--fresh", "--threads", "--json"},
+    "report": {"--output", "--against", "--results"},
     "bench": {"--shape", "--format", "--formats", "--keep", "--batch", "--prompt", "--tokens", "--repetitions"}
     | {"--peer", "--peer-model", "--peer-python", "--plot", "--threads", "--json"},
     "inspect": {"--tensors", "--site", "--json"},
@@ -72,5 +76,5 @@ def test_every_verb_has_help(verb: str) -> None:
 def test_names_in_the_help_are_all_there_are() -> None:
     texts = {verb: " ".join(parser.format_help().split()) for verb, parser in parsers()}
     assert all(name in texts["run"] for name in KNOWN)
-    assert all(re.search(rf"\b{name}\b", texts["eval"]) for name in (*NAMES, *SCORES))
+    assert all(re.search(rf"\b{name}\b", texts["eval"]) for name in (*NAMES, *SCORES, *TASKS))
     assert all(name in texts["bench"] for name in SHAPES)

