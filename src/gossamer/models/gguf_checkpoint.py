@@ -28,6 +28,12 @@ I64 = npt.NDArray[np.int64]
 
 assert ROWS_PER_STEP % PANEL == 0
 
+# The sites that may have a bias.
+_ROLES = {
+    **{"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"},
+    **{"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"},
+}
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -61,7 +67,7 @@ class GgufCheckpoint(Checkpoint):
         config = self.family.from_gguf(Fields(file.metadata, where), str(arch))
         biased = frozenset(
             role
-            for role, name in (("q", "attn_q"), ("k", "attn_k"), ("v", "attn_v"), ("o", "attn_output"))
+            for role, name in _ROLES.items()
             if f"blk.0.{name}.bias" in file.tensors
         )
         self.config = replace(config, tied="output.weight" not in file.tensors, biased=config.biased | biased)
@@ -119,6 +125,10 @@ class GgufCheckpoint(Checkpoint):
         if kind == "BF16":
             return parse("bf16")
         return parse("f32 @ f32" if kind == "F32" else "f16 @ f32")
+
+    def stored_type(self, site: Site) -> str:
+        """The ggml type of the site's tensor."""
+        return self._tensor(self._name(site.name), (site.rows, site.cols))
 
     def source(self, site: Site) -> RowSource:
         return self._rows(site)
