@@ -114,7 +114,7 @@ def _format(kind: str) -> Format:
 
 
 def _kept(checkpoint: Checkpoint, site: Site) -> str | None:
-    if isinstance(checkpoint, GgufCheckpoint) and checkpoint.stored_type(site) not in WRITABLE:
+    if isinstance(checkpoint, GgufCheckpoint) and not checkpoint.is_exact(site):
         return None  # its native format is what was decoded
     return type_of(checkpoint.native(site).weight)
 

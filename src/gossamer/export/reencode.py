@@ -34,11 +34,11 @@ class Errors:
         lost = total = 0.0
         for r0 in range(0, site.rows, ROWS_PER_STEP):
             r1 = min(site.rows, r0 + ROWS_PER_STEP)
-            w = source.read(r0, r1).astype(np.float64)
-            total += float(np.vdot(w, w))
+            w = source.read(r0, r1)
+            total += float(np.square(w).sum(dtype=np.float64))
             if packed is not None:
-                w -= packed.decode(r0, r1)
-                lost += float(np.vdot(w, w))
+                w = w - packed.decode(r0, r1)
+                lost += float(np.square(w).sum(dtype=np.float64))
         self._lost, self._all = self._lost + lost, self._all + total
         if packed is not None:
             self.sites[site.name] = math.sqrt(lost / total) if total else math.sqrt(lost)

@@ -126,9 +126,9 @@ class GgufCheckpoint(Checkpoint):
             return parse("bf16")
         return parse("f32 @ f32" if kind == "F32" else "f16 @ f32")
 
-    def stored_type(self, site: Site) -> str:
-        """The ggml type of the site's tensor."""
-        return self._tensor(self._name(site.name), (site.rows, site.cols))
+    def is_exact(self, site: Site) -> bool:
+        """Whether the native format holds what the file does; types that no format holds are decoded to f16."""
+        return self._tensor(self._name(site.name), (site.rows, site.cols)) in (*LOSSLESS, "F32", "F16", "BF16")
 
     def source(self, site: Site) -> RowSource:
         return self._rows(site)
