@@ -4,8 +4,8 @@
 
 For each model (NAME, or NAME:EXPRESSION for one compressed to it first): export, let llama.cpp read the file, and print
 the mean KL divergence and the largest difference of the log-likelihoods over a short text, and whether both sides cut
-the text into the same tokens. Beside quantized weights llama.cpp rounds inputs to 8 bits, which is a KL of 1e-3 to 1e-2;
-the rows in f32, where it does not, show that the two run the same model.
+the text into the same tokens. Beside quantized weights llama.cpp rounds inputs to 8 bits, a KL of 1e-3 to 1e-2; the
+rows in f32, where it does not, show that the two run the same model.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ def compare(folder: Path, name: str, python: str) -> None:
     ids = llm.tokenizer.encode(TEXT)
     ours = softmax(np.asarray(llm.logits(ids)))
     answer = subprocess.run(
-        [python, "-c", WORKER, str(file), TEXT, json.dumps(ids), str(scores)], capture_output=True, text=True, check=True
+        [python, "-c", WORKER, str(file), TEXT, json.dumps(ids), str(scores)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     theirs = softmax(np.load(scores))
     kl = (np.exp(ours) * (ours - theirs)).sum(axis=1)
@@ -90,10 +93,11 @@ def main() -> None:
             name, _, expression = model.partition(":")
             folder = Path(scratch) / f"model{i}"
             fmt = parse(expression) if expression else None
+            spared = () if "f32" in expression else ("embed",)
             compress(
                 open_checkpoint(resolve(name)),
                 folder,
-                lambda site, fmt=fmt: None if site.role == "embed" and "f32" not in expression else fmt,
+                lambda site, fmt=fmt, spared=spared: None if site.role in spared else fmt,
                 recipe={"name": "rtn"},
             )
             compare(folder, model, args.peer_python)

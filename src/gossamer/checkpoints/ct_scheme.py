@@ -181,7 +181,9 @@ def _check_inputs(a: Arguments, where: str) -> None:
     dynamic = a.dynamic and (a.strategy == "token" or (a.strategy == "group" and (a.group or 0) % 16 == 0))
     if not ok or not (static or dynamic):
         how = "dynamic" if a.dynamic else "static"
-        raise UnsupportedError(f"{where} has {how} inputs of {_words(a)} for each {quote(a.strategy)}, which are not read.")
+        raise UnsupportedError(
+            f"{where} has {how} inputs of {_words(a)} for each {quote(a.strategy)}, which are not read."
+        )
 
 
 def _words(a: Arguments) -> str:
@@ -218,7 +220,9 @@ def _pattern(target: str, where: str) -> None:
     try:
         re.compile(text)
     except (re.error, OverflowError, RecursionError):
-        raise CheckpointError(f"{where} names its targets by {quote(text)}, which is no pattern; check the file.") from None
+        raise CheckpointError(
+            f"{where} names its targets by {quote(text)}, which is no pattern; check the file."
+        ) from None
 
 
 # ------------------------------------------------------------ the other direction
@@ -256,7 +260,9 @@ def input_arguments(x: InputFormat) -> dict[str, Any] | None:
     if not x.quantized:
         return None
     if x.outlier is not None or isinstance(x.group, float):
-        raise UnsupportedError(f"inputs in '{x}' cannot be said in compressed-tensors; use @ bf16, int8/token or e4m3/token.")
+        raise UnsupportedError(
+            f"inputs in '{x}' cannot be said in compressed-tensors; use @ bf16, int8/token or e4m3/token."
+        )
     float8 = x.number == "e4m3"
     group = {"group_size": x.group} if isinstance(x.group, int) else {}
     return {

@@ -88,7 +88,8 @@ def blocks(type: str, parts: Parts) -> U8:
     codes = np.ascontiguousarray(parts.codes).reshape(-1, elems)
     if type in _K_TYPES:
         assert isinstance(parts.scales, Parts)
-        nested = [(p.codes.reshape(len(out), -1), _half(p.scales)) for p in (parts.scales, parts.mins) if _is(p)]
+        both = (p for p in (parts.scales, parts.mins) if isinstance(p, Parts))
+        nested = [(p.codes.reshape(len(out), -1), _half(p.scales)) for p in both]
         _K_TYPES[type](out, codes, nested)
     elif type == "MXFP4":
         out[:, :1] = np.asarray(parts.scales).reshape(-1, 1)
@@ -102,10 +103,6 @@ def blocks(type: str, parts: Parts) -> U8:
     else:
         _simple(type, out, codes, parts)
     return out.reshape(rows, -1)
-
-
-def _is(parts: Any) -> bool:
-    return isinstance(parts, Parts)
 
 
 def _half(stored: Any) -> U8:

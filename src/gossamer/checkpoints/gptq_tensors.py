@@ -51,7 +51,9 @@ class _Transposed(QuantizedTensors):
     def _size(self, key: str) -> int:
         value = self.config.get(key)
         if type(value) is not int or not (value == -1 or 1 <= value <= 1 << 28):
-            raise CheckpointError(f"{self.where} has '{key}' = {quote(value)}, which should be a number; check the file.")
+            raise CheckpointError(
+                f"{self.where} has '{key}' = {quote(value)}, which should be a number; check the file."
+            )
         return value
 
     def site(self, name: str, kind: str, rows: int, cols: int) -> StoredSite | None:
@@ -86,10 +88,9 @@ class _Transposed(QuantizedTensors):
     def surplus(self, name: str) -> tuple[str, ...]:
         """Biases of zeros, which early programs wrote for layers that have none."""
         bias = f"{name}.bias"
-        if bias in self.folder.tensors and f"{name}.qweight" in self.folder.tensors:
-            if not np.any(self.folder.read(bias)):
-                return (bias,)
-        return ()
+        if bias not in self.folder.tensors or f"{name}.qweight" not in self.folder.tensors:
+            return ()
+        return () if np.any(self.folder.read(bias)) else (bias,)
 
     def _order(self, name: str, group: int, cols: int) -> tuple[NDArray[np.uint32] | None, tuple[str, ...]]:
         index = f"{name}.g_idx"
@@ -142,8 +143,8 @@ class GptqTensors(_Transposed):
         if self._offset and zeros.size and zeros.max() == (1 << self.bits) - 1:
             # Programs disagree: it may mean 0, or a code more than there is.
             raise self.unsupported(
-                f"stores the zero point {(1 << self.bits) - 1} in '{name}.qzeros', which version 1 of the layout leaves "
-                "open; write the checkpoint anew as 'gptq_v2'"
+                f"stores the zero point {(1 << self.bits) - 1} in '{name}.qzeros', about which programs that read "
+                "version 1 of the layout differ (write the checkpoint anew as 'gptq_v2')"
             )
         return np.ascontiguousarray((zeros + np.uint8(self._offset)).T)
 

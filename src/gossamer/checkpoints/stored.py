@@ -82,7 +82,9 @@ class QuantizedTensors(ABC):
     def finite(self, stored: NDArray[Any], name: str) -> None:
         """Refuses scales, as ``name`` stores them, with a NaN or an infinity among them."""
         if not np.isfinite(halves.to_float(stored, SCALES[self.dtype(name)])).all():
-            raise CheckpointError(f"{self.folder.path.name}: tensor '{name}' holds a NaN or an infinity; check the file.")
+            raise CheckpointError(
+                f"{self.folder.path.name}: tensor '{name}' holds a NaN or an infinity; check the file."
+            )
 
     def raw(self, name: str) -> NDArray[Any]:
         """A tensor as stored; int32 words also where they are unsigned in the file."""
@@ -106,7 +108,7 @@ def coded(where: str, kind: str, rows: int | None, cols: int | None, scale: str,
     return fmt
 
 
-def ordered(groups: NDArray[Any], group: int) -> NDArray[np.uint32] | None | str:
+def ordered(groups: NDArray[Any], group: int) -> NDArray[np.uint32] | str | None:
     """Where columns of each group stand: None when they lie in order, the order to bring them into, or what is wrong.
 
     ``groups``: the group of each column, as files with activation order list it.

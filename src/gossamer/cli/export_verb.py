@@ -63,7 +63,10 @@ def _tell(done: Exported, seconds: float) -> None:
     if not done.errors:
         ui.say("every weight keeps its value exactly")
         return
-    ui.say(f"{len(done.errors)} of {len(done.types)} sites were stored anew: relative RMS error {done.overall:.3g} over all")
+    ui.say(
+        f"{len(done.errors)} of {len(done.types)} sites were stored anew; "
+        f"relative RMS error over all sites {done.overall:.3g}"
+    )
     worst = sorted(done.errors.items(), key=lambda item: -item[1])[:_WORST]
     ui.table(["site", "type", "relative RMS error"], [[n, done.types[n], f"{e:.3g}"] for n, e in worst], left=2)
 

@@ -156,7 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     threads(p)
     as_json(p)
 
-    p = verb("export", "Write a model for other programs: GGUF for llama.cpp, compressed-tensors for Transformers and vLLM.")
+    p = verb(
+        "export", "Write a model for other programs: GGUF for llama.cpp, compressed-tensors for Transformers and vLLM."
+    )
     model(p)
     p.add_argument(
         "--to", required=True, choices=("gguf", "compressed-tensors"), help="a GGUF file, or a Hugging Face folder"
@@ -167,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--lossy",
         metavar="TYPE,...",
-        help="store anew, in the first of these types that fits, what the target has no type for, and report the error: "
+        help="store what the target has no type for anew, in the first of these types that fits, and report the error: "
         "ggml types such as Q8_0, or F32, F16, BF16 and expressions such as int4/g64 for compressed-tensors",
     )
     as_json(p)

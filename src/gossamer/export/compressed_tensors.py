@@ -52,7 +52,7 @@ def export_compressed_tensors(
         others,
         _misfit,
         "compressed-tensors",
-        "add --lossy TYPE (or TYPE,TYPE) to store such sites anew: F32 keeps every value, BF16 and int4/g64 are smaller",
+        "add --lossy TYPE (or TYPE,TYPE) to store such sites anew: F32 keeps every value, BF16 is smaller",
     )
     documents, errors, topology = _documents(checkpoint, targets), Errors(), checkpoint.topology
     with publish(out) as folder:
@@ -85,8 +85,8 @@ def _asked(text: str) -> SiteFormat:
     fmt = parse(text)
     if _scheme(fmt) is None:
         raise FormatError(
-            f"--lossy {text} cannot be said in compressed-tensors; write {', '.join(_DENSE)} or, for example, int4/g64, "
-            "uint4/g128, int8/row @ int8/token or e4m3/row @ e4m3/token."
+            f"--lossy {text} cannot be said in compressed-tensors; write {', '.join(_DENSE)} or, for example, "
+            "int4/g64, uint4/g128, int8/row @ int8/token or e4m3/row @ e4m3/token."
         )
     return fmt
 
@@ -120,7 +120,12 @@ def _scheme(fmt: SiteFormat) -> dict[str, Any] | None:
         return None
     stored, weights = said
     inputs = input_arguments(fmt.input)
-    if inputs is not None and stored == "pack-quantized" and weights["num_bits"] == 8 and weights["strategy"] != "group":
+    if (
+        inputs is not None
+        and stored == "pack-quantized"
+        and weights["num_bits"] == 8
+        and weights["strategy"] != "group"
+    ):
         stored = "int-quantized"
     return {"format": stored, "weights": weights, "input_activations": inputs, "output_activations": None}
 
@@ -147,7 +152,8 @@ def _site_specs(site: Site, fmt: SiteFormat) -> _Specs:
     weight, scheme = fmt.weight, _scheme(fmt)
     if isinstance(weight, Dense):
         return [(f"{site.name}.weight", weight.number.upper(), (site.rows, site.cols))]
-    assert isinstance(weight, Coded) and scheme is not None
+    assert isinstance(weight, Coded)
+    assert scheme is not None  # what choose saw to
     scale = weight.matrix(site.rows, site.cols)
     bits, packed = weight.number.bits, scheme["format"] == "pack-quantized"
     kind = "I32" if packed else "F8_E4M3" if weight.number.table is not None else "I8"
@@ -190,7 +196,9 @@ def _write(writer: SafetensorsWriter, site: Site, packed: Packed, fmt: SiteForma
         assert isinstance(weight, Coded)
         whole = np.concatenate(zeros)
         if "weight_packed" in specs:  # in words along the rows
-            stored: npt.NDArray[Any] = np.ascontiguousarray(pack_words(np.ascontiguousarray(whole.T), weight.number.bits).T)
+            stored: npt.NDArray[Any] = np.ascontiguousarray(
+                pack_words(np.ascontiguousarray(whole.T), weight.number.bits).T
+            )
         else:
             stored = (whole ^ np.uint8(0x80)).view(np.int8)
         writer.write(f"{site.name}.weight_zero_point", stored)

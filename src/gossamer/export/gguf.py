@@ -1,7 +1,8 @@
 """``export --to gguf``: a model as a GGUF file that llama.cpp loads.
 
-Sites whose values one of ggml's types holds are kept exactly (bit for bit where the format is that type's); the others are refused, or stored anew in a type that was
-asked for, which reports its error. What a site rounds its input to is not said in GGUF: llama.cpp rounds as it does.
+Sites whose values one of ggml's types holds keep them exactly, and bit for bit where the format is that type's own; the
+others are refused, or stored anew in a type that was asked for, which reports its error. What a site rounds its input
+to is not said in GGUF: llama.cpp rounds as it does.
 """
 
 from __future__ import annotations
@@ -141,7 +142,9 @@ def _rows(packed: Packed, kind: str, site: Site) -> npt.NDArray[Any]:
         try:
             out[r0:r1] = blocks(kind, as_type(packed.format, kind, parts))[: r1 - r0]
         except FormatError as error:
-            raise FormatError(f"the site '{site.name}' cannot be {kind}: {error}; store it anew with --lossy.") from None
+            raise FormatError(
+                f"the site '{site.name}' cannot be {kind}: {error}; store it anew with --lossy."
+            ) from None
     return out
 
 
@@ -156,7 +159,7 @@ def _packed(checkpoint: Checkpoint, site: Site, target: Target[str], errors: Err
 
 
 def _file_order(rows: npt.NDArray[Any], head: int) -> npt.NDArray[Any]:
-    """Rows as the file has them: the rotary pairs of heads of ``head`` rows lie side by side there; 0 changes nothing."""
+    """Rows as the file has them: rotary pairs of heads of ``head`` rows lie side by side there; 0 changes nothing."""
     if not head:
         return rows
     by_half = rows.reshape(len(rows) // head, 2, head // 2, -1)

@@ -30,8 +30,13 @@ assert ROWS_PER_STEP % PANEL == 0
 
 # The sites that may have a bias.
 _ROLES = {
-    **{"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"},
-    **{"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"},
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "o": "attn_output",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
 }
 
 
@@ -65,11 +70,7 @@ class GgufCheckpoint(Checkpoint):
         arch = file.metadata.get("general.architecture")
         self.family = by_gguf(arch, where)
         config = self.family.from_gguf(Fields(file.metadata, where), str(arch))
-        biased = frozenset(
-            role
-            for role, name in _ROLES.items()
-            if f"blk.0.{name}.bias" in file.tensors
-        )
+        biased = frozenset(role for role, name in _ROLES.items() if f"blk.0.{name}.bias" in file.tensors)
         self.config = replace(config, tied="output.weight" not in file.tensors, biased=config.biased | biased)
         self.data_bytes, self.total_bytes = file.data_bytes, file.path.stat().st_size
         self._roles = {self._name(s.name): s for s in self.topology.sites}

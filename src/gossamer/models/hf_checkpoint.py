@@ -14,7 +14,7 @@ from gossamer.checkpoints.safetensors import TensorInfo
 from gossamer.errors import CheckpointError, UnsupportedError
 from gossamer.formats import RowSource, SiteFormat, parse
 from gossamer.models.checkpoint import Checkpoint, StoredTensor, expect_shape, finite, refuse_unknown
-from gossamer.models.config import Fields, shown
+from gossamer.models.config import Fields
 from gossamer.models.family import by_hf
 from gossamer.models.topology import Site, Vector
 
@@ -48,7 +48,7 @@ class InFolder(Checkpoint):
         where = f"{folder.path.name}/config.json"
         if folder.config.get("quantization_config") is not None and not self.quantized:
             raise CheckpointError(
-                f"{where} says that the weights are quantized, but this folder is one of ours; take it from one program."
+                f"{where} says that the weights are quantized, but the folder is one of ours; take it from one program."
             )
         self.family = by_hf(folder.config, where)
         self.config = self.family.from_hf(Fields(folder.config, where), self.family.name)
