@@ -97,11 +97,25 @@ class GGUFFile:
         try:
             header = _Header(self.path, self._map)
             self.version, self.metadata, self.tensors = header.parse()
+            self._types = header.types
         except BaseException:
             self._map.close()
             raise
         self.data_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
         self._bytes = np.frombuffer(self._map, np.uint8)
+
+    def typed_metadata(self) -> dict[str, tuple[Any, int, int | None]]:
+        """Each key's value (arrays as lists), the number of its type, and for an array that of its elements.
+
+        Arrays of arrays and empty ones are left out: no key that a model needs is one.
+        """
+        found: dict[str, tuple[Any, int, int | None]] = {}
+        for key, value in self.metadata.items():
+            kind, inner = self._types[key]
+            if inner == _ARRAY or (kind == _ARRAY and not len(value)):
+                continue
+            found[key] = (value.tolist() if isinstance(value, np.ndarray) else value, kind, inner)
+        return found
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """The stored bytes, uint8 [rows, row_bytes], a read-only view into the map.
@@ -204,6 +218,7 @@ class _Header:
         self.size = len(data)
         self.pos = 0
         self.what = "the header"
+        self.types: dict[str, tuple[int, int | None]] = {}  # of each key's value, and of an array's elements
 
     def parse(self) -> tuple[int, dict[str, Any], dict[str, GGUFTensor]]:
         if self.data[:4] != b"GGUF":
@@ -233,6 +248,8 @@ class _Header:
             if key in metadata:
                 self.damaged("appears twice")
             kind = self.u32()
+            inner = _U32.unpack_from(self.data, self.pos)[0] if kind == _ARRAY and self.size - self.pos >= 4 else None
+            self.types[key] = (kind, inner)
             metadata[key] = value = self.value(kind)
             # Two's complement: a power of two shares no bit with the number below it.
             if key == "general.alignment" and (kind != _UINT32 or value == 0 or value & (value - 1)):

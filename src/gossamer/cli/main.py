@@ -195,6 +195,24 @@ def _parser() -> argparse.ArgumentParser:
     threads(p)
     as_json(p)
 
+    p = verb(
+        "export", "Write a model for other programs: GGUF for llama.cpp, compressed-tensors for Transformers and vLLM."
+    )
+    model(p)
+    p.add_argument(
+        "--to", required=True, choices=("gguf", "compressed-tensors"), help="a GGUF file, or a Hugging Face folder"
+    )
+    p.add_argument(
+        "-o", "--output", required=True, metavar="PATH", help="the file or folder to write; it must not exist"
+    )
+    p.add_argument(
+        "--lossy",
+        metavar="TYPE,...",
+        help="store what the target has no type for anew, in the first of these types that fits, and report the error: "
+        "ggml types such as Q8_0, or F32, F16, BF16 and expressions such as int4/g64 for compressed-tensors",
+    )
+    as_json(p)
+
     p = verb("eval", "Measure a model's quality on a text or on tasks, alone or against a base.")
     model(p)
     p.add_argument("--against", metavar="BASE", help="measure the divergence from this model as well")

@@ -1,6 +1,7 @@
 """A checkpoint of any kind as one face: its configuration, and each site's weights in any format.
 
-Three kinds, each in a file of its own: a GGUF file, a Hugging Face folder, and a folder that Gossamer wrote. Weights
+Four kinds, each in a file of its own: a GGUF file, a Hugging Face folder, one that another program quantized, and a
+folder that Gossamer wrote. Weights
 stay memory-mapped and are converted one site at a time, a few hundred rows at once.
 """
 
@@ -110,11 +111,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     from gossamer.models.gguf_checkpoint import GgufCheckpoint
     from gossamer.models.hf_checkpoint import HuggingFaceFolder
     from gossamer.models.packed_checkpoint import PackedFolder
+    from gossamer.models.quantized_folder import QuantizedFolder
 
     path = Path(path)
     if path.is_dir():
         folder = Folder(path)
-        return PackedFolder(folder) if folder.gossamer is not None else HuggingFaceFolder(folder)
+        if folder.gossamer is not None:
+            return PackedFolder(folder)
+        quantized = folder.config.get("quantization_config") is not None
+        return QuantizedFolder(folder) if quantized else HuggingFaceFolder(folder)
     return GgufCheckpoint(GGUFFile(path))
 
 

@@ -28,6 +28,17 @@ I64 = npt.NDArray[np.int64]
 
 assert ROWS_PER_STEP % PANEL == 0
 
+# The sites that may have a bias.
+_ROLES = {
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "o": "attn_output",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -59,11 +70,7 @@ class GgufCheckpoint(Checkpoint):
         arch = file.metadata.get("general.architecture")
         self.family = by_gguf(arch, where)
         config = self.family.from_gguf(Fields(file.metadata, where), str(arch))
-        biased = frozenset(
-            role
-            for role, name in (("q", "attn_q"), ("k", "attn_k"), ("v", "attn_v"), ("o", "attn_output"))
-            if f"blk.0.{name}.bias" in file.tensors
-        )
+        biased = frozenset(role for role, name in _ROLES.items() if f"blk.0.{name}.bias" in file.tensors)
         self.config = replace(config, tied="output.weight" not in file.tensors, biased=config.biased | biased)
         self.data_bytes, self.total_bytes = file.data_bytes, file.path.stat().st_size
         self._roles = {self._name(s.name): s for s in self.topology.sites}
@@ -119,6 +126,10 @@ class GgufCheckpoint(Checkpoint):
         if kind == "BF16":
             return parse("bf16")
         return parse("f32 @ f32" if kind == "F32" else "f16 @ f32")
+
+    def is_exact(self, site: Site) -> bool:
+        """Whether the native format holds what the file does; types that no format holds are decoded to f16."""
+        return self._tensor(self._name(site.name), (site.rows, site.cols)) in (*LOSSLESS, "F32", "F16", "BF16")
 
     def source(self, site: Site) -> RowSource:
         return self._rows(site)

@@ -14,20 +14,22 @@ from gossamer.checkpoints.safetensors import TensorInfo
 from gossamer.errors import CheckpointError, UnsupportedError
 from gossamer.formats import RowSource, SiteFormat, parse
 from gossamer.models.checkpoint import Checkpoint, StoredTensor, expect_shape, finite, refuse_unknown
-from gossamer.models.config import Fields, shown
+from gossamer.models.config import Fields
 from gossamer.models.family import by_hf
 from gossamer.models.topology import Site, Vector
 
 if TYPE_CHECKING:
     from gossamer.checkpoints.tokenizer import Tokenizer
 
-__all__ = ["HuggingFaceFolder", "InFolder"]
+__all__ = ["HuggingFaceFolder", "InFolder", "PlainRows", "plain_format"]
 
 F32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class _Rows:
+class PlainRows:
+    """A tensor of a folder as float32 rows."""
+
     folder: Folder
     name: str
     shape: tuple[int, int]
@@ -37,16 +39,16 @@ class _Rows:
 
 
 class InFolder(Checkpoint):
-    """What the two kinds of folder share: config.json, vectors, biases, tokenizer files."""
+    """What all kinds of folder share: config.json, vectors, biases, tokenizer files."""
+
+    quantized = False  # whether config.json may say that another program quantized the weights
 
     def __init__(self, folder: Folder) -> None:
         self.folder, self.path = folder, folder.path
         where = f"{folder.path.name}/config.json"
-        method = folder.config.get("quantization_config")
-        if method is not None:
-            method = method.get("quant_method") if isinstance(method, dict) else method
-            raise UnsupportedError(
-                f"{where} says that the weights are quantized by {shown(method)}, which is not read yet."
+        if folder.config.get("quantization_config") is not None and not self.quantized:
+            raise CheckpointError(
+                f"{where} says that the weights are quantized, but the folder is one of ours; take it from one program."
             )
         self.family = by_hf(folder.config, where)
         self.config = self.family.from_hf(Fields(folder.config, where), self.family.name)
@@ -93,6 +95,14 @@ class InFolder(Checkpoint):
         return set(shapes)
 
 
+def plain_format(dtype: str, what: str) -> SiteFormat:
+    """The format in which a matrix of plain numbers runs. UnsupportedError names ``what`` is of another type."""
+    natives = {"F32": "f32 @ f32", "F16": "f16 @ f32", "BF16": "bf16"}
+    if dtype not in natives:
+        raise UnsupportedError(f"{what} is {dtype}; weights are read from F32, F16 and BF16.")
+    return parse(natives[dtype])
+
+
 class HuggingFaceFolder(InFolder):
     kind = "folder"
 
@@ -108,16 +118,11 @@ class HuggingFaceFolder(InFolder):
 
     def native(self, site: Site) -> SiteFormat:
         dtype = self._check(f"{site.name}.weight", (site.rows, site.cols))
-        natives = {"F32": "f32 @ f32", "F16": "f16 @ f32", "BF16": "bf16"}
-        if dtype not in natives:
-            raise UnsupportedError(
-                f"{self.path.name}: tensor '{site.name}.weight' is {dtype}; weights are read from F32, F16 and BF16."
-            )
-        return parse(natives[dtype])
+        return plain_format(dtype, f"{self.path.name}: tensor '{site.name}.weight'")
 
     def source(self, site: Site) -> RowSource:
         self.native(site)
-        return _Rows(self.folder, f"{site.name}.weight", (site.rows, site.cols))
+        return PlainRows(self.folder, f"{site.name}.weight", (site.rows, site.cols))
 
     def tensors(self) -> Iterator[StoredTensor]:
         sites = {f"{s.name}.weight": s for s in self.topology.sites}
