@@ -74,8 +74,8 @@ def test_larger_groups_and_fewer_bits_keep_their_values(expression: str, kind: s
 
 @pytest.mark.parametrize(
     "expression",
-    ["int4/g48", "int4/g64*bf16", "int4/row", "uint4/g64", "uint6/g32-m(f16)", "nf4/g64", "int4/32x32*f16", "kmeans4/row",
-     "int4/g32 + mask(1%: f16)", "int4/g128*(int8/row)"],
+    ["int4/g48", "int4/g64*bf16", "int4/row", "uint4/g64", "uint6/g32-m(f16)", "nf4/g64", "int4/32x32*f16",
+     "kmeans4/row", "int4/g32 + mask(1%: f16)", "int4/g128*(int8/row)"],
 )  # fmt: skip
 def test_what_no_type_holds(expression: str) -> None:
     assert type_of(parse_weight(expression)) is None

@@ -59,7 +59,11 @@ def write(folder: Path, tensors: dict[str, tuple[str, np.ndarray]], quantization
     data = b""
     for name, (dtype, array) in tensors.items():
         raw = np.ascontiguousarray(array).astype(NAMES[dtype], copy=False).tobytes()
-        header[name] = {"dtype": dtype, "shape": list(np.shape(array)), "data_offsets": [len(data), len(data) + len(raw)]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(np.shape(array)),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
         data += raw
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -72,10 +76,10 @@ def write(folder: Path, tensors: dict[str, tuple[str, np.ndarray]], quantization
 
 def line(values: list[int], bits: int) -> list[int]:
     """Numbers one after the other in a long binary number, cut into signed words of 32 bits."""
-    long = sum(int(v) << (bits * i) for i, v in enumerate(values))
+    digits = "".join(f"{int(v):0{bits}b}" for v in reversed(values))
     count = -(-len(values) * bits // 32)
-    words = [long >> (32 * i) & 0xFFFFFFFF for i in range(count)]
-    return [w - (1 << 32) if w >> 31 else w for w in words]
+    long = int(digits, 2).to_bytes(4 * count, "little")
+    return list(struct.unpack(f"<{count}i", long))
 
 
 def lines(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -256,20 +256,18 @@ def arguments(fmt: Coded) -> tuple[str, dict[str, Any]] | None:
 
 
 def input_arguments(x: InputFormat) -> dict[str, Any] | None:
-    """The arguments of the inputs; None for inputs that are not quantized. UnsupportedError: what nothing says."""
+    """The arguments of the inputs, {} for inputs that are not quantized, or None where nothing says them."""
     if not x.quantized:
+        return {}
+    fixed, float8, symmetric = isinstance(x.group, float), x.number == "e4m3", not x.number.startswith("u")
+    if x.outlier is not None or (fixed and not symmetric):
         return None
-    if x.outlier is not None or isinstance(x.group, float):
-        raise UnsupportedError(
-            f"inputs in '{x}' cannot be said in compressed-tensors; use @ bf16, int8/token or e4m3/token."
-        )
-    float8 = x.number == "e4m3"
     group = {"group_size": x.group} if isinstance(x.group, int) else {}
     return {
         "num_bits": 8 if float8 else int(x.number.removeprefix("u")[3:]),
         "type": "float" if float8 else "int",
-        "symmetric": not x.number.startswith("u"),
-        "strategy": "group" if group else "token",
-        "dynamic": True,
+        "symmetric": symmetric,
+        "strategy": "tensor" if fixed else "group" if group else "token",
+        "dynamic": not fixed,
         **group,
     }

@@ -63,7 +63,7 @@ def tokenizer_keys(tokenizer: Tokenizer, rows: int, where: str) -> dict[str, Any
     }
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model.get("merges", [])]
     if not merges:
-        raise UnsupportedError(f"{where}: the tokenizer has no merges, and a GGUF file cannot hold an empty list of them.")
+        raise UnsupportedError(f"{where}: the tokenizer has no merges, and GGUF holds no empty list of them.")
     if bytewise:
         keys["tokenizer.ggml.merges"] = [" ".join(pair) for pair in merges]
     else:

@@ -116,18 +116,13 @@ def _misfit(site: Site, fmt: SiteFormat) -> str | None:
 def _scheme(fmt: SiteFormat) -> dict[str, Any] | None:
     """A group of the configuration, without its targets; None where it has no words for the format."""
     said = arguments(fmt.weight) if isinstance(fmt.weight, Coded) else None
-    if said is None:
+    inputs = input_arguments(fmt.input)
+    if said is None or inputs is None:
         return None
     stored, weights = said
-    inputs = input_arguments(fmt.input)
-    if (
-        inputs is not None
-        and stored == "pack-quantized"
-        and weights["num_bits"] == 8
-        and weights["strategy"] != "group"
-    ):
+    if inputs and stored == "pack-quantized" and weights["num_bits"] == 8 and weights["strategy"] != "group":
         stored = "int-quantized"
-    return {"format": stored, "weights": weights, "input_activations": inputs, "output_activations": None}
+    return {"format": stored, "weights": weights, "input_activations": inputs or None, "output_activations": None}
 
 
 def _packed(checkpoint: Checkpoint, site: Site, target: Target[SiteFormat], errors: Errors | None) -> Packed:
@@ -166,6 +161,8 @@ def _site_specs(site: Site, fmt: SiteFormat) -> _Specs:
     if weight.zero:
         rows = words(site.rows, bits) if packed else site.rows
         specs.append((f"{site.name}.weight_zero_point", "I32" if packed else "I8", (rows, scale[1])))
+    if isinstance(fmt.input.group, float):
+        specs.append((f"{site.name}.input_scale", "F32", (1,)))
     return specs
 
 
@@ -174,6 +171,8 @@ def _write(writer: SafetensorsWriter, site: Site, packed: Packed, fmt: SiteForma
     codes = f"{site.name}.weight_packed" if "weight_packed" in specs else f"{site.name}.weight"
     width = specs[codes.removeprefix(f"{site.name}.")][1]
     weight = packed.format
+    if "input_scale" in specs:
+        writer.write(f"{site.name}.input_scale", np.array([fmt.input.group], np.float32))
     zeros = []
     for r0 in range(0, site.rows, ROWS_PER_STEP):
         r1 = min(site.rows, r0 + ROWS_PER_STEP)

@@ -99,7 +99,5 @@ def choose(
             raise FormatError(f"the site '{site.name}' takes none of the types of --lossy, {reasons[-1]}; {hint}.")
         else:
             why = fits(site, kind) if kind is not None else f"which {program} has no type for"
-            raise UnsupportedError(
-                f"the site '{site.name}' is stored as {checkpoint.native(site).weight}, {why}; {hint}."
-            )
+            raise UnsupportedError(f"the site '{site.name}' is stored as {checkpoint.native(site)}, {why}; {hint}.")
     return found
