@@ -21,9 +21,9 @@ import numpy as np
 
 from gossamer import LLM
 from gossamer.checkpoints.names import resolve
-from gossamer.compress.write import compress
+from gossamer.compress.job import compress
+from gossamer.compress.recipe import of_format
 from gossamer.export.gguf import export_gguf
-from gossamer.formats import parse
 from gossamer.models.checkpoint import open_checkpoint
 
 TEXT = (
@@ -92,14 +92,10 @@ def main() -> None:
         for i, model in enumerate(args.models):
             name, _, expression = model.partition(":")
             folder = Path(scratch) / f"model{i}"
-            fmt = parse(expression) if expression else None
-            spared = () if "f32" in expression else ("embed",)
-            compress(
-                open_checkpoint(resolve(name)),
-                folder,
-                lambda site, fmt=fmt, spared=spared: None if site.role in spared else fmt,
-                recipe={"name": "rtn"},
-            )
+            checkpoint = open_checkpoint(resolve(name))
+            table = checkpoint.topology.site("model.embed_tokens")
+            keep = [] if "f32" in expression else [("embed", str(checkpoint.native(table)))]
+            compress(checkpoint, folder, of_format(expression or None), keep=keep)
             compare(folder, model, args.peer_python)
 
 

@@ -28,6 +28,7 @@ VERBS = {
     "compare": {"--recipes", "--keep", "--text", "--tokens", "--windows", "--window", "--score", "--no-bos"}
     | {"--against", "--inputs", "--no-speed", "--output", "--cache", "--fresh", "--threads", "--json"},
     "report": {"--output", "--against", "--results"},
+    "export": {"--to", "--output", "--lossy", "--json"},
     "bench": {"--shape", "--format", "--formats", "--keep", "--batch", "--prompt", "--tokens", "--repetitions"}
     | {"--peer", "--peer-model", "--peer-python", "--plot", "--threads", "--json"},
     "inspect": {"--tensors", "--site", "--json"},

@@ -16,8 +16,8 @@ sys.path[:0] = [
 import tiny_gguf  # noqa: E402
 from cut import Stored, two_layers  # noqa: E402
 
-from gossamer.compress.write import compress  # noqa: E402
-from gossamer.formats import parse  # noqa: E402
+from gossamer.compress.job import compress  # noqa: E402
+from gossamer.compress.recipe import of_format  # noqa: E402
 from gossamer.models.checkpoint import Checkpoint  # noqa: E402
 
 
@@ -35,9 +35,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
         key = (checkpoint.path, expression, tuple(roles.items()))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("stored") / "model"
-            formats = {role: parse(text) for role, text in roles.items()}
-            usual = None if expression is None else parse(expression)
-            compress(checkpoint, made[key], lambda site: formats.get(site.role, usual), recipe={"name": "test"})
+            present = {site.role for site in checkpoint.topology.sites}
+            compress(checkpoint, made[key], of_format(expression), keep=[(r, e) for r, e in roles.items() if r in present])
         return made[key]
 
     return make
