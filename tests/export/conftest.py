@@ -36,7 +36,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
         if key not in made:
             made[key] = tmp_path_factory.mktemp("stored") / "model"
             present = {site.role for site in checkpoint.topology.sites}
-            compress(checkpoint, made[key], of_format(expression), keep=[(r, e) for r, e in roles.items() if r in present])
+            keep = [(role, text) for role, text in roles.items() if role in present]
+            compress(checkpoint, made[key], of_format(expression), keep=keep)
         return made[key]
 
     return make
