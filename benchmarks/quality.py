@@ -94,7 +94,7 @@ def main() -> None:
     theirs = bench.theirs(args.kinds.split(",")) if args.only in (None, "llama.cpp") else []
     lines += rows_table(ours, theirs) + budget_table(args.model, ours, theirs)
     if args.only in (None, "methods"):
-        lines += methods_table(bench, METHODS[:1] if args.quick else METHODS)
+        lines += methods_table(bench, METHODS[2:3] if args.quick else METHODS)
     table = "\n".join(lines)
     print(table)
     if args.write:
