@@ -30,7 +30,8 @@ from _llamacpp import Logits, importance, quantize
 from _tables import replace
 from gossamer import LLM, ops
 from gossamer.checkpoints.gguf import GGUFFile
-from gossamer.compress.compare import Comparison, Options, Row, compare, fingerprint
+from gossamer.compress.compare import Comparison, Options, Row, compare
+from gossamer.compress.kept import contents_hash
 from gossamer.evaluate import text
 from gossamer.evaluate.divergence import OurPredictions, measure
 from gossamer.evaluate.windows import cut
@@ -143,7 +144,7 @@ class Bench:
             os.replace(matrix.with_suffix(".partial.npz"), matrix)
         base: LLM | None = None
         rows = []
-        source = fingerprint(self.file)
+        source = contents_hash(self.file)
         for kind in kinds:
             said = json.dumps([source, hash_of(matrix), kind, vars(self.options), self.text.sha256], sort_keys=True)
             kept = self.args.work / "rows" / f"llamacpp-{hashlib.sha256(said.encode()).hexdigest()}.json"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gossamer.compress.job import compress
+from gossamer.compress.recipe import of_format
 
-from gossamer.compress.write import compress
-from gossamer.engine.llm import LLM, chooser
+from gossamer.engine.llm import LLM
 from gossamer.errors import UsageError
 from gossamer.evaluate.sites import by_role, ledger_errors, stored_errors
-from gossamer.formats import parse
 from gossamer.models.checkpoint import open_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "compress"))
@@ -29,9 +29,8 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(tiny, tmp_path) -> Path:
-    checkpoint = open_checkpoint(tiny)
-    keep = [("embed", parse("int8/g32")), ("down", parse("f32"))]
-    compress(checkpoint, tmp_path / "out", chooser(parse("int4/g32"), keep, checkpoint.topology), recipe={})
+    keep = [("embed", "int8/g32"), ("down", "f32")]
+    compress(open_checkpoint(tiny), tmp_path / "out", of_format("int4/g32"), keep=keep)
     return tmp_path / "out"
 
 
@@ -72,8 +71,12 @@ def test_another_model_as_base(tiny, smollm2_gguf):
         stored_errors(open_checkpoint(smollm2_gguf), open_checkpoint(tiny))
 
 
-def test_what_a_ledger_says(folder):
-    assert ledger_errors(open_checkpoint(folder)) == []
+def test_what_a_ledger_says(tiny, folder):
+    def without_outputs(rows):
+        return [(r.name, r.format, r.nbytes, r.exact, r.sqnr_db and round(r.sqnr_db, 3)) for r in rows]
+
+    measured = stored_errors(open_checkpoint(tiny), open_checkpoint(folder))
+    assert without_outputs(ledger_errors(open_checkpoint(folder))) == without_outputs(measured)
     path = folder / "gossamer.json"
     ledger = json.loads(path.read_text())
     name = "model.layers.1.mlp.up_proj"
@@ -91,3 +94,6 @@ def test_what_a_ledger_says(folder):
     assert rows["model.layers.0.mlp.down_proj"].exact
     assert sum(r.exact for r in rows.values()) == 1
     assert len(rows) == 15
+    del ledger["sites"]
+    path.write_text(json.dumps(ledger))
+    assert ledger_errors(open_checkpoint(folder)) == []

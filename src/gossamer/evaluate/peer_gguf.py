@@ -16,7 +16,7 @@ from gossamer.errors import ResourceError, UsageError
 from gossamer.models.config import Config
 from gossamer.models.topology import describe
 
-__all__ = ["gguf_name", "random_gguf", "write_random_gguf"]
+__all__ = ["random_gguf", "write_random_gguf"]
 
 U8 = npt.NDArray[np.uint8]
 
@@ -63,7 +63,7 @@ def write_random_gguf(config: Config, path: Path, vocabulary: Callable[[Any], No
     topology = describe(config)
     head = "model.embed_tokens" if config.tied else "lm_head"
     best = "Q8_0" if config.hidden % _BLOCKS["Q6_K"][1] else "Q6_K"
-    matrices = [(gguf_name(s.name), best if s.name == head else "Q4_0", s.rows, s.cols) for s in topology.sites]
+    matrices = [(_gguf_name(s.name), best if s.name == head else "Q4_0", s.rows, s.cols) for s in topology.sites]
     for _, kind, _, cols in matrices:
         if cols % _BLOCKS[kind][1]:
             raise UsageError(
@@ -98,7 +98,7 @@ def write_random_gguf(config: Config, path: Path, vocabulary: Callable[[Any], No
         writer.add_tensor_info(
             name, shape, np.dtype(np.uint8), rows * shape[1], raw_dtype=getattr(GGMLQuantizationType, kind)
         )
-    vectors = [(gguf_name(v.name), np.ones(v.size, np.float32)) for v in topology.vectors]
+    vectors = [(_gguf_name(v.name), np.ones(v.size, np.float32)) for v in topology.vectors]
     for name, values in vectors:
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     writer.write_header_to_file()
@@ -113,8 +113,7 @@ def write_random_gguf(config: Config, path: Path, vocabulary: Callable[[Any], No
     writer.close()
 
 
-def gguf_name(name: str) -> str:
-    """llama.cpp's name of the tensor of a site or vector."""
+def _gguf_name(name: str) -> str:
     known = {"model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm"}
     if name in known:
         return known[name] + ".weight"
