@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+
 from gossamer.compress.calibrate import calibrate
 from gossamer.compress.calibration_text import calibration_text
-
 from gossamer.models.checkpoint import Checkpoint
 from gossamer.models.family import gguf_name
 from gossamer.models.load import Progress

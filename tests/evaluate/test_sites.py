@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from gossamer.compress.job import compress
 from gossamer.compress.recipe import of_format
-
 from gossamer.engine.llm import LLM
 from gossamer.errors import UsageError
 from gossamer.evaluate.sites import by_role, ledger_errors, stored_errors
