@@ -12,8 +12,8 @@ import numpy as np
 
 from gossamer.compress.calibrate import calibrate
 from gossamer.compress.calibration_text import calibration_text
-from gossamer.evaluate.peer_gguf import _gguf_name
 from gossamer.models.checkpoint import Checkpoint
+from gossamer.models.family import gguf_name
 from gossamer.models.load import Progress
 from gossamer.models.transformer import HEAD_ROWS
 
@@ -83,5 +83,5 @@ def importance(checkpoint: Checkpoint, path: Path, tokens: int, progress: Progre
     for statistics in calibrate(checkpoint, text.sequences, hessian=False, progress=progress):
         for site in sites:
             if site.shares in statistics:
-                found[_gguf_name(site.name)] = statistics[site.shares].square
+                found[f"{gguf_name(site.name, checkpoint.config)}.weight"] = statistics[site.shares].square
     np.savez(path, **found)

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_gguf
 from program import Terminal, gossamer
 
 from gossamer.cli.main import main
@@ -169,29 +168,6 @@ def test_compare_and_report(tiny: Path, small: Path, tmp_path: Path) -> None:
     assert "signal to noise of the weights" in text
     assert "model.layers.1.mlp.down_proj" in text
     assert gossamer("report", small, "-o", tmp_path).code == 2  # a folder of that name
-
-
-def test_what_a_kept_row_depends_on(tiny: Path, tmp_path: Path) -> None:
-    words = tmp_path / "words.txt"
-    words.write_text("the heather in the ether there " * 40)
-    options = ["--windows", "2", "--window", "64", "--cache", tmp_path / "cache", "--no-speed", "--text", words]
-
-    def kept(*more: object, model: Path = tiny) -> list[bool]:
-        return [r["kept"] for r in report("compare", model, "--recipes", "int4/g32", *options, *more)["rows"]]
-
-    assert kept() == [False, False]
-    assert kept() == [True, True]
-    assert kept("--fresh") == [False, False]
-    assert kept("--keep", "down=bf16") == [True, False]  # the base has its own formats
-    assert kept("--score", "all") == [False, False]
-    words.write_text("there " * 400)
-    assert kept() == [False, False]
-    other = tiny_gguf.write(tmp_path / "other.gguf", seed=1)
-    assert kept(model=other) == [False, False]
-    for damage in ("{", "[]", '{"schema": 0, "figures": {}}'):
-        for path in (tmp_path / "cache").iterdir():
-            path.write_text(damage)
-        assert kept() == [False, False]
 
 
 def test_compare_to_a_person(tiny: Path, tmp_path: Path) -> None:

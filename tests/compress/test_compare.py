@@ -6,11 +6,14 @@ import json
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny_gguf
 
 from gossamer.compress import compare as module
-from gossamer.compress.compare import Options, compare, draw_frontier, fingerprint
+from gossamer.compress.compare import Options, compare, draw_frontier
+from gossamer.compress.kept import contents_hash
 from gossamer.errors import ResourceError, UsageError
 from gossamer.evaluate import Text
 
@@ -30,6 +33,25 @@ def test_speed_is_measured_once(tiny: Path, tmp_path: Path) -> None:
     assert [(r.kept, r.decode_tps) for r in without.rows] == [(True, None)] * 2
     assert json.loads(json.dumps(second.to_json()))["machine"]["threads"] >= 1
     assert "int4/g32" in draw_frontier(second)
+
+
+def test_what_a_kept_row_depends_on(tiny: Path, tmp_path: Path) -> None:
+    def kept(model: Path = tiny, text: Text = TEXT, options: Options = QUICK, **more: Any) -> list[bool]:
+        found = compare(model, ["int4/g32"], text, options=options, cache=tmp_path / "cache", **more)
+        return [r.kept for r in found.rows]
+
+    assert kept() == [False, False]
+    assert kept() == [True, True]
+    assert kept(fresh=True) == [False, False]
+    assert kept(keep=[("down", "bf16")]) == [True, False]  # the base has its own formats
+    assert kept(options=replace(QUICK, score="all")) == [False, False]
+    assert kept(options=replace(QUICK, bos=True)) == [False, False]
+    assert kept(text=TEXT._replace(sha256="abd")) == [False, False]
+    assert kept(tiny_gguf.write(tmp_path / "other.gguf", seed=1)) == [False, False]
+    for damage in ("{", "[]", '{"schema": 0, "figures": {}}'):
+        for path in (tmp_path / "cache").iterdir():
+            path.write_text(damage)
+        assert kept() == [False, False]
 
 
 def test_a_recipe_that_was_stopped_goes_on(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,15 +115,15 @@ def test_another_base(tiny: Path, tmp_path: Path) -> None:
     assert found.rows[0].bytes == found.rows[1].bytes < alone.rows[0].bytes
 
 
-def test_a_fingerprint_is_of_the_contents(tiny: Path, tmp_path: Path) -> None:
+def test_the_key_of_a_model_is_of_its_contents(tiny: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(tiny.read_bytes())
-    assert fingerprint(copy) == fingerprint(tiny)
+    assert contents_hash(copy) == contents_hash(tiny)
     seen = []
     data = bytearray(tiny.read_bytes())
     data[-1] ^= 1
     copy.write_bytes(data)
-    assert fingerprint(copy, lambda *p: seen.append(p)) != fingerprint(tiny)
+    assert contents_hash(copy, lambda *p: seen.append(p)) != contents_hash(tiny)
     assert seen[-1] == (len(data), len(data))
 
 

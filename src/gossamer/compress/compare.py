@@ -6,10 +6,6 @@ was, and a row that is asked for again costs nothing. The base runs beside every
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -17,17 +13,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gossamer
-from gossamer import ops
 from gossamer.checkpoints.folder import json_file
-from gossamer.checkpoints.safetensors_writer import write_error
 from gossamer.compress import recipe as recipes
 from gossamer.compress.job import Job
 from gossamer.compress.job import compress as compress_by
+from gossamer.compress.kept import SCHEMA, Kept, contents_hash, machine, row_key, user_cache
 from gossamer.compress.recipe import Recipe
 from gossamer.compress.watch import Watch
 from gossamer.engine.llm import LLM, chooser
-from gossamer.errors import FormatError, ResourceError, UsageError
+from gossamer.errors import FormatError, UsageError
 from gossamer.evaluate.charts import Point, frontier, scatter, standalone
 from gossamer.evaluate.html import COMPARE
 from gossamer.evaluate.score import Result, evaluate, formats_used, noise_floor
@@ -37,11 +31,9 @@ from gossamer.formats import parse, parse_input
 from gossamer.models.checkpoint import Checkpoint, open_checkpoint
 from gossamer.models.load import Progress
 
-__all__ = ["Comparison", "Options", "Row", "compare", "draw_frontier", "fingerprint"]
+__all__ = ["Comparison", "Options", "Row", "compare", "draw_frontier"]
 
-SCHEMA = 1  # of a kept row; a row of another is measured again
 BASE = "base"
-_BLOCK = 1 << 20
 
 Step = Callable[[str], AbstractContextManager[Progress]]
 
@@ -170,11 +162,11 @@ class _Run:
         fresh: bool,
         step: Step,
     ) -> None:
-        self.text, self.options, self.fresh, self.step = text, options, fresh, step
+        self.text, self.options, self.step = text, options, step
         self.keep = [(pattern, str(parse(expression))) for pattern, expression in keep]
         if self.options.inputs is not None:
             self.options = replace(self.options, inputs=str(parse_input(self.options.inputs)))
-        self.cache = Path(cache) if cache is not None else _user_cache()
+        self.kept = Kept(Path(cache) if cache is not None else user_cache(), fresh)
         self.checkpoint = open_checkpoint(model)
         self.base_checkpoint = self.checkpoint if against is None else open_checkpoint(against)
         self.entries = [self._entry(e) for e in entries]
@@ -183,14 +175,14 @@ class _Run:
         if len({e.name for e in self.entries}) < len(self.entries):
             raise UsageError("--recipes names the same thing twice; name each once.")
         with step("reading the model") as progress:
-            self.model_key = fingerprint(Path(model), progress)
-            self.base_key = self.model_key if against is None else fingerprint(Path(against), progress)
-        self.machine = _machine()
+            self.model_key = contents_hash(Path(model), progress)
+            self.base_key = self.model_key if against is None else contents_hash(Path(against), progress)
+        self.machine = machine()
         self._base: LLM | None = None
 
     def run(self) -> Comparison:
         key = self._quality_key(BASE)
-        kept = not self.fresh and self._kept(key) is not None
+        kept = self.kept.get(key) is not None
         noise = self._part(f"{BASE}, quality", key, lambda p: self._noise(p).to_json())
         base = self._base_row(noise, kept)
         rows = [base, *(self._row(entry) for entry in self.entries)]
@@ -215,7 +207,7 @@ class _Run:
         elif expression and first in recipes.names():
             recipe = recipes.of_format(expression, recipes.load(first))
         elif name and Path(name).is_dir():
-            return _Entry(name, "folder", ["folder", fingerprint(Path(name))])
+            return _Entry(name, "folder", ["folder", contents_hash(Path(name))])
         else:
             name = str(parse(name))
             return _Entry(name, "format", ["format", name, self.keep])
@@ -227,10 +219,10 @@ class _Run:
     def _row(self, entry: _Entry) -> Row:
         quality_key, speed_key = self._quality_key(entry.identity), self._speed_key(entry.identity)
         wanted = [quality_key] + ([speed_key] if self.options.repetitions else [])
-        kept = not self.fresh and all(self._kept(key) is not None for key in wanted)
+        kept = all(self.kept.get(key) is not None for key in wanted)
         folder = None
         if entry.recipe is not None:
-            folder = self.cache / f"{_key('model', self.model_key, entry.identity)}.model"
+            folder = self.kept.folder / f"{row_key('model', self.model_key, entry.identity)}.model"
         llm = None if kept else self._load(entry, folder)
 
         def measured(progress: Progress) -> dict[str, Any]:
@@ -250,7 +242,7 @@ class _Run:
         """The base beside itself: no divergence, its own bytes and speed."""
         checkpoint = self.base_checkpoint
         key = self._speed_key(BASE)
-        fast = not self.fresh and (not self.options.repetitions or self._kept(key) is not None)
+        fast = not self.options.repetitions or self.kept.get(key) is not None
         speed = self._speed(BASE, key, None if fast else self.base)
         same = {"kl_mean": 0.0, "kl_mean_stderr": None, "kl_p99": 0.0, "top1_agreement": 1.0, "nll_increase": 0.0}
         same |= {"nll_increase_stderr": None, "seconds": None, "peak_bytes": None}
@@ -319,7 +311,7 @@ class _Run:
 
     def _quality_key(self, identity: Any) -> str:
         model, inputs = [self.model_key, self.base_key], self._inputs(identity)
-        return _key("quality", *model, identity, inputs, self.text.sha256, self._how())
+        return row_key("quality", *model, identity, inputs, self.text.sha256, self._how())
 
     def _inputs(self, identity: Any) -> str | None:
         return None if identity == BASE else self.options.inputs
@@ -328,31 +320,14 @@ class _Run:
         o = self.options
         how = [o.repetitions, o.decode, o.prefill, o.window, self._inputs(identity)]
         model = self.base_key if identity == BASE else self.model_key
-        return _key("speed", model, identity, how, self.machine)
-
-    def _kept(self, key: str) -> dict[str, Any] | None:
-        """A row of the cache; None for one that is not there, or is not whole."""
-        with suppress(OSError, ValueError, AttributeError):
-            data = json.loads((self.cache / f"{key}.json").read_text(encoding="utf-8"))
-            if data.get("schema") == SCHEMA and isinstance(data.get("figures"), dict):
-                found: dict[str, Any] = data["figures"]
-                return found
-        return None
+        return row_key("speed", model, identity, how, self.machine)
 
     def _part(self, what: str, key: str, measure: Callable[[Progress], dict[str, Any]]) -> dict[str, Any]:
-        found = None if self.fresh else self._kept(key)
+        found = self.kept.get(key)
         if found is None:
             with self.step(what) as progress:
                 found = measure(progress)
-            path = self.cache / f"{key}.json"
-            content = json.dumps({"schema": SCHEMA, "what": what, "figures": found}, indent=1)
-            try:
-                self.cache.mkdir(parents=True, exist_ok=True)
-                partial = path.with_suffix(f".{os.getpid()}")
-                partial.write_text(content, encoding="utf-8")
-                os.replace(partial, path)
-            except OSError as error:
-                raise ResourceError(f"{write_error(path, error)}; name another place with --cache.") from None
+            self.kept.put(key, what, found)
         return found
 
 
@@ -414,48 +389,6 @@ def _as_row(name: str, kind: str, quality: Mapping[str, Any], speed: Mapping[str
         best=False,
         kept=kept,
     )
-
-
-# ---------------------------------------------------------------- keys
-
-
-def fingerprint(path: Path, progress: Progress | None = None) -> str:
-    """SHA-256 of everything that a model's answers depend on: the .gguf file, or a folder's weights and JSON files."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json"))
-    sizes = [f.stat().st_size for f in files]
-    digest, done = hashlib.sha256(), 0
-    for file, size in zip(files, sizes):
-        digest.update(f"{file.name if path.is_dir() else ''} {size}\n".encode())
-        with open(file, "rb") as data:
-            while block := data.read(_BLOCK):
-                digest.update(block)
-                done += len(block)
-                if progress:
-                    progress(done, sum(sizes))
-    return digest.hexdigest()
-
-
-def _key(*parts: Any) -> str:
-    said = json.dumps([SCHEMA, gossamer.__version__, *parts], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()
-
-
-def _machine() -> dict[str, Any]:
-    """What a speed depends on."""
-    return {"isa": ops.isa(), "threads": ops.threads(), "cpu": _processor(), "node": platform.node()}
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _user_cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if os.path.isabs(root) else Path("~/.cache").expanduser()) / "gossamer" / "compare"
 
 
 # ---------------------------------------------------------------- the picture
