@@ -71,7 +71,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
         (["run", "{tiny}", "-p", "hi", "--kv", "int3"], "keys and values cannot be stored as 'int3'; choose f32, f16"),
         (["run", "{tiny}", "-p", "hi", "--format", ""], "a format expression is empty; write for example 'int4/g32'"),
         (["run", "{tiny}", "-p", "hi", "--raw", "--system", "x"], "--system needs the chat template"),
-        (["compress", "{tiny}", "-o", "x"], "required: --format; see 'gossamer compress --help'."),
+        (["compress", "{tiny}", "-o", "x"], "a recipe file, or --format EXPR."),
         (["compress", "{tiny}", "--format", "bf16"], "required: -o/--output"),
         (["compress", "{tiny}", "-o", "", "--format", "bf16"], "--output is empty; give the name of the folder"),
         (["compress", "{tiny}", "-o", "x", "--format", "int5/q32"], "'q32' is not a group: write 'row', 'tensor'"),
