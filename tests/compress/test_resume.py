@@ -136,9 +136,7 @@ def test_time_and_memory_count_every_run(source: Path, tmp_path: Path) -> None:
         ({"model": 1}, "MODEL "),
     ],
 )
-def test_other_options_are_refused_by_name(
-    source: Path, tmp_path: Path, changes: dict[str, Any], needle: str
-) -> None:
+def test_other_options_are_refused_by_name(source: Path, tmp_path: Path, changes: dict[str, Any], needle: str) -> None:
     out = tmp_path / "out"
     stop(source, out)
     before = everything(tmp_path)

@@ -19,7 +19,7 @@ from gossamer.formats import Coded, Cols, SiteFormat, parse
 from gossamer.models.checkpoint import Checkpoint
 from gossamer.models.topology import Site
 
-__all__ = ["Chosen", "expected", "for_model", "for_site", "narrow_formats"]
+__all__ = ["Chosen", "expected", "for_model", "for_site", "refuse"]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -48,15 +48,19 @@ def expected(options: Any, site: Site, fmt: SiteFormat) -> SiteFormat:
     return fmt
 
 
-def narrow_formats(options: Any, sites: Sequence[Site], formats: Mapping[str, SiteFormat]) -> dict[str, SiteFormat]:
-    """What rows are rounded to when their salience is measured. Raises UsageError where sites differ."""
-    found = {site.name: formats[site.name] for site in sites}
-    if len(set(found.values())) > 1:
+def refuse(options: Any, sites: Sequence[Site], formats: Mapping[str, SiteFormat]) -> None:
+    """Raises UsageError for formats among which the allocator cannot choose."""
+    if isinstance(options, Salience) and len({formats[site.name] for site in sites}) > 1:
         raise UsageError(
             "salience ranks the rows of all linear layers in one list, so they share one format; give '*' alone, and "
             "--keep for sites that shall stay out."
         )
-    return found
+    if isinstance(options, FineQuant):
+        for site in sites:
+            if not isinstance(formats[site.name].weight, Coded):
+                raise UsageError(
+                    f"finequant chooses the groups of a format such as int4/g64, not of {formats[site.name]}."
+                )
 
 
 def for_model(
@@ -71,8 +75,7 @@ def for_model(
         found: dict[str, SiteFormat] = {}
         for site in sites:
             fmt = formats[site.name]
-            if not isinstance(fmt.weight, Coded):
-                raise UsageError(f"finequant chooses the groups of a format such as int4/g64, not of {fmt.weight}.")
+            assert isinstance(fmt.weight, Coded)  # else refused
             number, given = fmt.weight.number.name, str(fmt.input)
             found |= finequant(
                 [site],
@@ -85,7 +88,9 @@ def for_model(
         return Chosen(found)
     if isinstance(options, Salience):
         assert scores is not None
-        narrow = next(iter(narrow_formats(options, sites, formats).values()))
+        if not sites:
+            return Chosen({})
+        narrow = formats[sites[0].name]
         wide = SiteFormat(parse(options.wide).weight, narrow.input)
         level = Level(wide, options.percent, scores)
         done = salience(sites, [level], narrow, multiple=options.multiple)

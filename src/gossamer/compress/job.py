@@ -19,7 +19,7 @@ from gossamer.compress import allocation
 from gossamer.compress.allocate import by_role
 from gossamer.compress.calibrate import fingerprint
 from gossamer.compress.calibration_text import SELF, CalibrationText, calibration_text
-from gossamer.compress.preflight import Prediction, predict, refuse_disk, refuse_memory
+from gossamer.compress.preflight import WRITES_AS_IS, WRITES_IN, Prediction, predict, refuse_disk, refuse_memory
 from gossamer.compress.recipe import Calibration, Recipe
 from gossamer.compress.run import Run, Written
 from gossamer.compress.steps import ALLOCATORS
@@ -35,9 +35,6 @@ from gossamer.models.topology import Site
 __all__ = ["Job", "Written", "compress"]
 
 Keep = Sequence[tuple[str, str]]
-
-WRITES_AS_IS = 2 << 30  # bytes of a checkpoint above which the calibration text is written by its 4-bit form
-WRITES_IN = "int4/g32 @ int8/token"
 
 
 class Job:
@@ -68,6 +65,7 @@ class Job:
         blocks = [site for site in checkpoint.topology.sites if site.layer is not None]
         self.open_sites = [site for site in blocks if site.name not in kept]  # that the allocator may decide on
         decides = recipe.allocate.options
+        allocation.refuse(decides, self.open_sites, self.formats)
         settled = {s.name: allocation.expected(decides, s, self.formats[s.name]) for s in self.open_sites}
         self.plan: Plan = plan(checkpoint, lambda site: settled.get(site.name, self.formats[site.name]))
 

@@ -25,7 +25,7 @@ from gossamer.compress.solvers.site import solve
 from gossamer.compress.statistics import STEP, Collector
 from gossamer.engine.kv import kv_bytes
 from gossamer.errors import FormatError, ResourceError
-from gossamer.formats import ArraySource, Coded, Format, SiteFormat, encode
+from gossamer.formats import ArraySource, Coded, Format, SiteFormat, encode, parse
 from gossamer.limits import available_memory
 from gossamer.models.checkpoint import Checkpoint
 from gossamer.models.layerwise import LayerRun
@@ -39,9 +39,12 @@ F32 = npt.NDArray[np.float32]
 PROBE_ROWS, PROBE_COLS, PROBE_TOKENS = 128, 1024, 128
 WRITE_RATE = 400e6  # bytes a second that a disk surely takes
 LOAD_RATE = 1e9  # of a checked folder
+WRITES_AS_IS = 2 << 30  # bytes of a checkpoint above which the calibration text is written by its 4-bit form
+WRITES_IN = "int4/g128 @ int8/token"
 GRADIENT_BYTES = 2 << 30  # of what is kept of gradients at once
-OVERHEAD = 80 << 20  # bytes that libraries and allocators take beside the arrays
-HEADER = 200  # bytes that an array's entry takes in a file's header, about
+PER_WEIGHT = 26  # bytes that a solver holds for each weight of the matrix, as measured of the heaviest
+OVERHEAD = 128 << 20  # bytes that libraries and allocators take beside the arrays
+HEADER = 512  # bytes that an array takes in the header of a file and in the ledger, about
 
 
 @dataclass(frozen=True)
@@ -145,38 +148,67 @@ def _most_memory(checkpoint: Checkpoint, plan: Plan, recipe: Recipe, calibration
     config, topology = checkpoint.config, checkpoint.topology
     tables = [s for s in topology.sites if s.layer is None]
     layer = [s for s in topology.sites if s.layer == 0]
-    packed = {s.name: _packed(plan.formats[s.name], s) for s in topology.sites}
-    finished = sum(packed[s.name] for s in layer)
-    plain = recipe.solver == Solver(Nearest()) and not recipe.calibrated
-    found = [packed[s.name] + (0 if recipe.tables == Solver(Nearest()) else 24 * s.rows * s.cols) for s in tables]
-    context = min(512, config.context)
-    found.append(plan.data_bytes + kv_bytes(config, context) + 64 * 4 * config.vocab)
-    if plain:
+    finished = sum(_packed(plan.formats[s.name], s) for s in layer)
+    plain = recipe.tables == Solver(Nearest())
+    found = [_packed(plan.formats[s.name], s) + (0 if plain else PER_WEIGHT * s.rows * s.cols) for s in tables]
+    logits = 64 * 4 * config.vocab
+    # The check: the model, its keys and values, and what is mapped of the file while a site is being copied.
+    found.append(plan.data_bytes + kv_bytes(config, min(512, config.context)) + logits + found[0])
+    if recipe.solver == Solver(Nearest()) and not recipe.calibrated:
         return max([*found, finished + 32 * 512 * max(s.cols for s in layer)])
-    hessian = "hessian" in recipe.needs
-    states = 4 * tokens * config.hidden
-    largest = max(s.rows * s.cols for s in layer)
-    weights = 4 * sum(s.rows * s.cols for s in layer)
-    squares = [c * c for c in groups(topology, 0).values()] if hessian else [0]
     if recipe.calibrated:
-        found.append(packed[topology.sites[0].name] + calibration_bytes(config, tokens, hessian=hessian))
+        hessian = "hessian" in recipe.needs
+        found.append(found[0] + calibration_bytes(config, tokens, hessian=hessian))
         if calibration.text == SELF:
-            # Large models write in 4 bits, as job.py says.
-            own = checkpoint.data_bytes if checkpoint.data_bytes <= 2 << 30 else topology.parameters * 5 // 8
-            found.append(own + kv_bytes(config, 32 * calibration.length) + 32 * 4 * config.vocab)
+            found.append(_writer_bytes(checkpoint) + kv_bytes(config, 32 * calibration.length) + logits)
+            found[-1] = min(found[-1], _writer_bytes(checkpoint) + (1 << 30) + logits)
     if "fisher" in recipe.needs:
-        blocks = 4 * sum(s.rows * s.cols for s in topology.sites if s.layer is not None)
-        free = available_memory()
-        kept = blocks if free is None or blocks <= free // 2 else weights
-        tied = 4 * config.vocab * config.hidden * (1 if config.tied else 2)
-        found.append(kept + 2 * min(blocks, max(GRADIENT_BYTES, weights)) + tied + (1 << 30))
-    # A fit has the matrix, what is left of it, codes and errors; the factor of the Hessian is made in float64 up to
-    # 8192 columns and in float32 beyond.
-    widest = max(squares)
-    factor = (18 if widest <= 8192**2 else 13) * widest - 4 * widest
-    held = 4 * sum(squares) if recipe.sequential != "group" else 4 * widest + weights
-    found.append(states + held + factor + 24 * largest + finished)
-    return max(found)
+        found.append(_gradient_bytes(checkpoint))
+    return max(*found, finished + _fit_bytes(layer, recipe, 4 * tokens * config.hidden))
+
+
+def _writer_bytes(checkpoint: Checkpoint) -> int:
+    """The model that writes the calibration text."""
+    if checkpoint.data_bytes <= WRITES_AS_IS:
+        return checkpoint.data_bytes
+    fmt = parse(WRITES_IN)
+    return sum(_packed(fmt, site) for site in checkpoint.topology.sites)
+
+
+def _gradient_bytes(checkpoint: Checkpoint) -> int:
+    """Weights, what is kept of their gradients (twice: salience has the change of the weights too), activations."""
+    config, sites = checkpoint.config, checkpoint.topology.sites
+    blocks, layer = (4 * sum(s.rows * s.cols for s in some) for some in (
+        [s for s in sites if s.layer is not None], [s for s in sites if s.layer == 0]
+    ))  # fmt: skip
+    free = available_memory()
+    weights = blocks if free is None or blocks <= free // 2 else layer
+    table = 4 * config.vocab * config.hidden * (1 if config.tied else 2)
+    return weights + 2 * min(blocks, max(GRADIENT_BYTES, layer)) + table + (1 << 30)
+
+
+def _fit_bytes(layer: Sequence[Site], recipe: Recipe, states: int) -> int:
+    """The most that the fit of one input's sites takes beside what is finished.
+
+    The matrix, what is left of it, its codes and errors; the second moments of this input (one after the other of them
+    all, unless inputs are collected group by group) and their factor, which is made in float64 up to 8192 columns;
+    where a layer is compressed from front to back, its sites in float32 from here on.
+    """
+    hessian = "hessian" in recipe.needs
+    shares = list(dict.fromkeys(site.shares for site in layer))
+    most = 0
+    for i, name in enumerate(shares):
+        later = [s for s in layer if s.shares in shares[i:]]
+        cols = {s.shares: s.cols for s in later}
+        square = cols[name] ** 2
+        factor = (12 if cols[name] <= 8192 else 9) * square
+        if recipe.sequential == "group":
+            held = 4 * sum(s.rows * s.cols for s in later) + 4 * square * hessian
+        else:
+            held = 4 * sum(c * c for c in cols.values()) * hessian
+        largest = max(s.rows * s.cols for s in later if s.shares == name)
+        most = max(most, states + held + factor * hessian + PER_WEIGHT * largest)
+    return most
 
 
 def _packed(fmt: SiteFormat, site: Site) -> int:

@@ -138,7 +138,7 @@ class Run:
         layers = [i for i in range(self.checkpoint.config.layers) if self.journal.record(f"gradients-{i:04d}") is None]
         narrow = {}
         if self.recipe.allocate.name == "salience":
-            narrow = allocation.narrow_formats(self.recipe.allocate.options, self.job.open_sites, self.formats)
+            narrow = {site.name: self.formats[site.name] for site in self.job.open_sites}
         for some in self._at_once(layers):
             sites = [s for s in self.checkpoint.topology.sites if s.layer in some]
             delta = {}
@@ -313,9 +313,10 @@ class Run:
         except GossamerError as error:
             self.journal.note("failed", str(error))
             raise
-        seconds, peak = self._measured()
+        steps, peak = self._measured()
+        seconds = sum(steps.values())
         content["predicted"] = prediction.as_dict()
-        content["measured"] = {"seconds": seconds, "peak_bytes": peak}
+        content["measured"] = {"seconds": seconds, "steps": steps, "peak_bytes": peak, "resumed": self.journal.resumed}
         (folder / "gossamer.json").write_text(as_json(content), encoding="utf-8")
         total = sum(f.stat().st_size for f in folder.iterdir())
         self.place.publish(folder)
@@ -332,9 +333,9 @@ class Run:
             found["transforms"] = list(self.checkpoint.log)
         return found | {"sites": {site.name: self.records[site.name] for site in self.checkpoint.topology.sites}}
 
-    def _measured(self) -> tuple[float, int | None]:
-        """Seconds of work on all parts and since, and the largest peak of memory."""
-        records = [self.journal.record(name) or {} for name in self.journal.parts]
-        seconds = sum(r.get("seconds", 0.0) for r in records) + time.perf_counter() - self._mark
-        peaks = [p for p in (*(r.get("peak_mb") for r in records), peak_rss_mb()) if p is not None]
-        return seconds, int(max(peaks) * 1e6) if peaks else None
+    def _measured(self) -> tuple[dict[str, float], int | None]:
+        """Seconds of work on every part and since, and the largest peak of memory."""
+        records = {name: self.journal.record(name) or {} for name in self.journal.parts}
+        steps = {name: float(r.get("seconds", 0.0)) for name, r in records.items()}
+        peaks = [p for p in (*(r.get("peak_mb") for r in records.values()), peak_rss_mb()) if p is not None]
+        return steps | {"check": time.perf_counter() - self._mark}, int(max(peaks) * 1e6) if peaks else None
