@@ -240,7 +240,7 @@ def test_damaged_files_of_a_folder(folder: Path, tmp_path: Path) -> None:
         ({"num_attention_heads": 0}, "heads = 0"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
         ({"hidden_act": "tanh"}, "'tanh'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "'hqq'"),
     ],
 )
 def test_configurations_that_cannot_be(folder: Path, tmp_path: Path, changes: dict[str, Any], needle: str) -> None:

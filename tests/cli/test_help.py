@@ -21,6 +21,7 @@ VERBS = {
     "run": {"--prompt", "--system", "--max-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--seed"}
     | {"--repeat-penalty", "--threads", "--context", "--kv", "--raw", "--format"},
     "compress": {"--output", "--format", "--keep", "--threads", "--json"},
+    "export": {"--to", "--output", "--lossy", "--json"},
     "eval": {"--against", "--format", "--against-format", "--text", "--tokens", "--window", "--score", "--kv"}
     | {"--threads", "--json"},
     "bench": {"--shape", "--format", "--formats", "--keep", "--batch", "--prompt", "--tokens", "--repetitions"}

@@ -310,9 +310,12 @@ def test_weights_of_a_type_that_is_not_read(theirs: Path, tmp_path: Path) -> Non
 
 
 def test_a_quantized_folder_is_named(theirs: Path, tmp_path: Path) -> None:
-    for i, entry in enumerate([{"quant_method": "gptq", "bits": 4}, {}, "gptq", []]):
+    for i, entry in enumerate([{"quant_method": "hqq", "bits": 4}, {}]):
         path = _with_json(theirs, tmp_path / str(i), "config.json", quantization_config=entry)
         _refused(path, "quantized", "config.json", error=UnsupportedError)
+    for i, entry in enumerate(["gptq", [], {"quant_method": "gptq", "bits": 4}]):
+        path = _with_json(theirs, tmp_path / f"damaged{i}", "config.json", quantization_config=entry)
+        _refused(path, "config.json", error=CheckpointError)
     fully(open_checkpoint(_with_json(theirs, tmp_path / "null", "config.json", quantization_config=None)))
 
 

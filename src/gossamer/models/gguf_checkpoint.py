@@ -28,16 +28,9 @@ I64 = npt.NDArray[np.int64]
 
 assert ROWS_PER_STEP % PANEL == 0
 
-# The sites that may have a bias.
-_ROLES = {
-    "q": "attn_q",
-    "k": "attn_k",
-    "v": "attn_v",
-    "o": "attn_output",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-}
+# The sites that may have a bias; those of the MLP in llama alone.
+_ATTENTION = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
+_MLP = {"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,8 @@ class GgufCheckpoint(Checkpoint):
         arch = file.metadata.get("general.architecture")
         self.family = by_gguf(arch, where)
         config = self.family.from_gguf(Fields(file.metadata, where), str(arch))
-        biased = frozenset(role for role, name in _ROLES.items() if f"blk.0.{name}.bias" in file.tensors)
+        names = {**_ATTENTION, **(_MLP if arch == "llama" else {})}
+        biased = frozenset(role for role, name in names.items() if f"blk.0.{name}.bias" in file.tensors)
         self.config = replace(config, tied="output.weight" not in file.tensors, biased=config.biased | biased)
         self.data_bytes, self.total_bytes = file.data_bytes, file.path.stat().st_size
         self._roles = {self._name(s.name): s for s in self.topology.sites}
