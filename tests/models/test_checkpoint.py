@@ -15,8 +15,7 @@ import pytest
 
 from gossamer import LLM
 from gossamer.checkpoints.gguf import LOSSLESS
-from gossamer.compress.job import compress
-from gossamer.compress.recipe import of_format
+from gossamer.compress.write import compress
 from gossamer.engine.llm import chooser
 from gossamer.errors import CheckpointError, FormatError, GossamerError, UnsupportedError
 from gossamer.formats import parse
@@ -215,7 +214,8 @@ def ours(theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, compressed."""
     checkpoint = open_checkpoint(theirs)
     out = tmp_path_factory.mktemp("ours") / "packed"
-    written = compress(checkpoint, out, of_format("uint4/g32 @ int8/token"), keep=[("embed", "f16 @ f32")])
+    fmt = parse("uint4/g32 @ int8/token")
+    written = compress(checkpoint, out, chooser(fmt, [("embed", parse("f16 @ f32"))], checkpoint.topology), recipe={})
     opened = open_checkpoint(out)
     planned = plan(opened)
     assert written.data_bytes == opened.data_bytes == planned.data_bytes
@@ -310,11 +310,12 @@ def test_weights_of_a_type_that_is_not_read(theirs: Path, tmp_path: Path) -> Non
 
 
 def test_a_quantized_folder_is_named(theirs: Path, tmp_path: Path) -> None:
-    for i, entry in enumerate([{"quant_method": "eetq", "bits": 4}, {}, "gptq", []]):
+    for i, entry in enumerate([{"quant_method": "hqq", "bits": 4}, {}]):
         path = _with_json(theirs, tmp_path / str(i), "config.json", quantization_config=entry)
-        _refused(path, "quantiz", "config.json", error=GossamerError)
-    path = _with_json(theirs, tmp_path / "bits", "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    _refused(path, "group_size", "config.json", error=GossamerError)  # what it is stored as cannot be told
+        _refused(path, "quantized", "config.json", error=UnsupportedError)
+    for i, entry in enumerate(["gptq", [], {"quant_method": "gptq", "bits": 4}]):
+        path = _with_json(theirs, tmp_path / f"damaged{i}", "config.json", quantization_config=entry)
+        _refused(path, "config.json", error=CheckpointError)
     fully(open_checkpoint(_with_json(theirs, tmp_path / "null", "config.json", quantization_config=None)))
 
 
@@ -446,8 +447,8 @@ def test_gguf_tensors_are_looked_for_and_measured_first(name: str, stored: str, 
 
 
 def test_gguf_tensors_that_are_not_used(tmp_path: Path) -> None:
-    path = _gguf(tmp_path, lambda t: t.update({"model.layers.0.input_layernorm.bias": t["model.norm.weight"]}))
-    _refused(path, "blk.0.attn_norm.bias", error=UnsupportedError)
+    path = _gguf(tmp_path, lambda t: t.update({f"{DOWN}.bias": t["model.norm.weight"]}))
+    _refused(path, "blk.0.ffn_down.bias", error=UnsupportedError)
 
 
 @pytest.mark.parametrize("name", [f"{DOWN}.weight", f"{Q}.bias", "model.norm.weight"])
