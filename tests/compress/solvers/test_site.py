@@ -385,8 +385,8 @@ def test_a_sum_of_codes_pushes_errors_once() -> None:
 
 def test_nested_planes_beat_plain_rounding_at_two_and_three_bits(smollm2_gguf: Path) -> None:
     for name, site in real_sites(smollm2_gguf).items():
-        for text in ("uint2/g128", "uint2/g128 + bipolar1/g128"):
-            assert held_out(site, text, "nested") < 0.8 * held_out(site, text, "nearest"), (name, text)
+        for text, share in (("uint2/g128", 0.8), ("uint2/g128 + bipolar1/g128", 0.9)):
+            assert held_out(site, text, "nested") < share * held_out(site, text, "nearest"), (name, text)
 
 
 def test_tables_swept_with_the_hessian_beat_weighted_clustering(smollm2_gguf: Path) -> None:
