@@ -12,10 +12,10 @@ from test_write import check_size, write
 
 from gossamer import LLM
 from gossamer.compress.edits import Edited
+from gossamer.compress.job import compress
 from gossamer.compress.maps import Blocks, Diagonal, HadamardMap, Map, Order, inverse_order
+from gossamer.compress.recipe import of_format
 from gossamer.compress.transforms import CorrectBias, RotateStream, apply_all, mean_error, rescale
-from gossamer.compress.write import compress
-from gossamer.engine.llm import chooser
 from gossamer.errors import CheckpointError, UsageError
 from gossamer.formats import encode, parse
 from gossamer.formats.transforms import hadamard_matrix, signs
@@ -224,8 +224,7 @@ def test_an_edited_model_is_written_and_read_again(base: Checkpoint, tmp_path: P
     edited = Edited(base)
     apply_all(rescale(base.topology), edited)
     RotateStream(untie=True).apply(edited)
-    choose = chooser(parse("f32 @ f32"), (), edited.topology)
-    done = compress(edited, tmp_path / "out", choose, recipe={"name": "test"})
+    done = compress(edited, tmp_path / "out", of_format("f32 @ f32"))
     check_size(done)
     tokens = list(range(40))
     after = LLM(done.path, kv="f32").logits(tokens)
