@@ -24,7 +24,7 @@ _ROWS = 1024  # of a gradient, in memory at once
 
 class FisherDiagonal:
     """The diagonal of the Fisher information of weights: the mean over sequences of (dL/dW)^2, L the sequence's mean
-    loss (SqueezeLLM, Kim et al. 2023, section 4.1).
+    loss (SqueezeLLM, Kim et al. 2023).
 
     It takes as much memory as the weights of ``sites`` (names; None: all) in float32: a large model goes in several
     sweeps of some sites each.
@@ -58,7 +58,7 @@ class FisherDiagonal:
 class RowSalience:
     """What a change ``delta`` of weights, float32 [rows, cols] by site, does to the loss, row by row: the sum over
     sequences of |g . delta + (g . delta)^2 / 2| with g the row's gradient of the sequence's mean loss: first order, and
-    second order by the empirical Fisher information (MixLLM, Zheng et al. 2024, section 3.2).
+    second order by the empirical Fisher information (MixLLM, Zheng et al. 2024).
 
     Sites without a ``delta`` are left out.
     """
@@ -89,8 +89,9 @@ class OutputFisher:
     """Second moments over tokens of the gradient of a sequence's summed loss for a site's outputs: E[dy^2], float32
     [rows], and with ``full`` also E[dy dy^T], float32 [rows, rows], for ``sites`` (names; None: all).
 
-    With labels that the model drew itself this is the Fisher information of the outputs: an error e_r of mean square
-    E[e_r^2] in row r raises the mean loss of a token by about E[dy_r^2] E[e_r^2] / 2.
+    With labels that the model drew itself this is the Fisher information of the outputs: errors that are independent
+    from row to row and token to token, of mean square E[e_r^2] in row r, raise the mean loss of a token by about the
+    sum over rows of E[dy_r^2] E[e_r^2] / 2. Every token of a sequence counts as labelled.
     """
 
     def __init__(self, sites: Collection[str] | None = None, *, full: bool = False) -> None:

@@ -170,8 +170,8 @@ class Reverse:
 def fisher_labels(reverse: Reverse, tokens: I32, seed: int = 0) -> I32:
     """Labels for the Fisher information itself, int32 [n]: drawn from the model's own predictions (one forward pass).
 
-    With the text's own next tokens as labels, squares of gradients give the "empirical Fisher" instead (Kunstner,
-    Balles and Hennig 2019, equations 3 and 4).
+    With the text's own next tokens as labels, squares of gradients give the "empirical Fisher" instead, which is
+    something else (Kunstner, Balles and Hennig 2019).
     """
     return reverse.sample(tokens, seed)
 
