@@ -305,6 +305,11 @@ def test_requests_that_cannot_be():
         obs(parse_weight("int4/g16*(int8/row)"), w, hessian, Obs(groups="dynamic"))
     with pytest.raises(UsageError, match=r"free columns must lie in 0\.\.31"):
         obs(parse_weight("int4/g16"), w, hessian, free_columns=np.array([32]))
+    with pytest.raises(UsageError, match="the grid given is int4/g16 of 16 x 32, not int3/g16"):
+        obs(parse_weight("int3/g16"), w, hessian, grid=fit_grid(parse_weight("int4/g16"), w))
+    with pytest.raises(UsageError, match="at most 1024 columns"):
+        obs(parse_weight("int4/row"), matrix(16, 1040), np.eye(1040, dtype=np.float32),
+            Obs(search=Search(), metric="hessian"))  # fmt: skip
     with pytest.raises(UsageError, match="permuted inputs at run time"):
         Obs(order="act", groups="dynamic")
     with pytest.raises(UsageError, match="none and act, not 'random'"):

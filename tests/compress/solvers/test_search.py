@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from solver_cases import EVERY, NESTED, inputs, matrix, moments, parsed
 
-from gossamer.compress.solvers import Search, clip, fit_grid, group_metric, nearest
+from gossamer.compress.solvers import Search, clip, fit_grid, group_metric, nearest, search
 from gossamer.compress.solvers.gaussian import normal_error, normal_steps
 from gossamer.errors import FormatError, UsageError
 from gossamer.formats import parse_weight
@@ -124,7 +124,7 @@ def test_constants_of_normal_weights():
 )
 def test_the_normal_scale_on_normal_weights(text):
     fmt, w = parse_weight(text), normal(32, 4096) * 3 + (1 if "uint" in text else 0)
-    values = fit_grid(fmt, w, search=Search(by="normal")).nearest(w)[1]
+    values = fit_grid(fmt, w, search=Search(by="gaussian")).nearest(w)[1]
     expected = normal_error(fmt.number, normal_steps(fmt.number))
     # The rounded zero point shifts the middle by half a step at most.
     assert np.square(values - w).mean() / 9 == pytest.approx(expected, rel=0.25 if fmt.zero else 0.05)
@@ -144,6 +144,18 @@ def test_powers_of_two_are_rounded_as_asked():
     for rounding in ("nearest", "ceil"):
         grid = fit_grid(fmt, exact, search=Search(steps=1, refine=0, rounding=rounding))
         assert np.array_equal(grid.s[:, 0], np.exp2(np.arange(-8, 8)))
+
+
+@pytest.mark.parametrize("fmt", parsed(t for t in NESTED if "row)" in t or "g16-z(0)" in t), ids=str)
+def test_the_range_of_nested_scales_is_searched_too(fmt, monkeypatch):
+    w = normal(32, 512) * np.exp(np.random.default_rng(0).standard_normal((32, 32)).repeat(16, axis=1) * 0.5)
+    w = w.astype(np.float32)
+    errors = []
+    for ratios in (search.OUTER, (1.0,)):
+        monkeypatch.setattr(search, "OUTER", ratios)
+        errors.append(np.square(clip(fmt, w).decode() - w).sum())
+    assert errors[0] <= errors[1]
+    assert errors[1] <= np.square(nearest(fmt, w).decode() - w).sum()
 
 
 def test_scales_between_powers_of_two_of_a_row():
@@ -166,8 +178,8 @@ def test_odd_groups(fmt):
     w[4] = 1e30
     w[5] = np.linspace(-1, 1, 96)
     w[6] = -w[5] - 2
-    for search in (Search(), Search(by="normal"), Search(norm=2.4, steps=1, refine=0)):
-        grid = fit_grid(fmt, w, search=search)
+    for options in (Search(), Search(by="gaussian"), Search(norm=2.4, steps=1, refine=0)):
+        grid = fit_grid(fmt, w, search=options)
         values = grid.nearest(w)[1]
         assert np.isfinite(values).all()
     importance = np.zeros(96, np.float32)  # inputs that are always zero
@@ -177,7 +189,7 @@ def test_odd_groups(fmt):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"by": "guess"}, "'error' or 'normal'"),
+        ({"by": "guess"}, "'error' or 'gaussian'"),
         ({"steps": 0}, "1 to 1000 ranges"),
         ({"lowest": 0}, r"lowest one in \(0, 1\]"),
         ({"norm": 0.1}, "norm 0.1"),
@@ -196,4 +208,4 @@ def test_bad_requests():
     with pytest.raises(UsageError, match=r"norm 2\.4"):
         fit_grid(parse_weight("int4/g32"), w, np.ones((2, 32, 32), np.float32), search=Search(norm=2.4))
     with pytest.raises(FormatError, match="no negative values"):
-        fit_grid(parse_weight("uint4/g32-z(0)"), w, search=Search(by="normal"))
+        fit_grid(parse_weight("uint4/g32-z(0)"), w, search=Search(by="gaussian"))

@@ -74,7 +74,9 @@ def inverse_factor(hessian: F32, columns: I64, dead: Bools, damping: float) -> F
     work[at, at] += np.where(none, (1 + damping) * mean, damping * mean).astype(kind)
     _cholesky(work)
     _invert_lower(work)
-    upper: F32 = np.ascontiguousarray(work[::-1, ::-1], np.float32)
+    upper: F32 = work.astype(np.float32, copy=False)
+    del work
+    _turn(upper.ravel())
     if not np.isfinite(np.diagonal(upper)).all() or not (np.diagonal(upper) > 0).all():
         raise UnstableError
     return upper
@@ -107,6 +109,16 @@ def _invert_lower(a: Floats) -> None:
     _invert_lower(a[:h, :h])
     _invert_lower(a[h:, h:])
     a[h:, :h] = -(a[h:, h:] @ (a[h:, :h] @ a[:h, :h]))
+
+
+def _turn(a: F32) -> None:
+    """Reverses the elements, in their place: for a matrix, its rows and its columns."""
+    n = len(a)
+    for i in range(0, n // 2, 1 << 20):
+        j = min(n // 2, i + (1 << 20))
+        first = a[i:j].copy()
+        a[i:j] = a[n - j : n - i][::-1]
+        a[n - j : n - i] = first[::-1]
 
 
 def describe(hessian: F32) -> str:

@@ -28,6 +28,7 @@ F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 I64 = npt.NDArray[np.int64]
 
+MOST_METRIC = 1024  # columns in a group: each range that is tried costs a product with such a matrix
 MOST_DAMPING = 10.0  # times the mean variance: with that much the solver rounds to nearest
 
 
@@ -117,6 +118,10 @@ def obs(
         raise FormatError(f"{fmt} shares or nests scales, which dynamic groups cannot; use static groups for {where}.")
     dead = check_hessian(hessian, cols, where)
     log = [] if not dead.any() else [f"{where}: {int(dead.sum())} of {cols} inputs were always zero"]
+    if grid is not None and (grid.fmt, grid.rows, grid.cols) != (fmt, rows, len(kept)):
+        raise UsageError(
+            f"{where}: the grid given is {grid.fmt} of {grid.rows} x {grid.cols}, not {fmt} of {rows} x {len(kept)}."
+        )
     order = order_of(hessian, options.order, free)
     damping = options.damping
     while True:
@@ -147,6 +152,11 @@ def group_metric(fmt: Coded, hessian: F32) -> F32:
     what pads the last one; with it ``fit_grid`` minimizes each group's own output error."""
     cols = len(hessian)
     width, groups = fmt.width(cols), fmt.groups(cols)
+    if width > MOST_METRIC:
+        raise UsageError(
+            f"a metric of whole groups is for at most {MOST_METRIC} columns, and {fmt} has groups of {width}; use the "
+            "diagonal of the second moments."
+        )
     found = np.zeros((groups, width, width), np.float32)
     for g in range(groups):
         c = slice(g * width, min(cols, (g + 1) * width))
@@ -167,6 +177,7 @@ def _solve(
     cost = np.empty(count, np.float32)
     cost[place] = 1 / np.diagonal(factor)[:count] ** 2
     limit = None if options.outliers is None else threshold(options.outliers, inner, cost)
+    more = 1.05
     while True:
         grid, projection = _projection(fmt, inner, importance, cost, place, limit, options, given)
         found = sweep(w, factor, order, count, projection, block=options.block, limit=limit)
@@ -177,7 +188,8 @@ def _solve(
             break
         # The sweep is repeated with a limit that fewer reach; as less is kept out, more error is passed on.
         costs = np.sort(found.entry_costs)
-        limit = max(float(costs[-most - 1] if most else costs[-1]) * 1.05, limit * 1.05)
+        limit = max(float(costs[-most - 1] if most else costs[-1]), limit) * more
+        more = 1 + 2 * (more - 1)
     return _gathered(grid, found, w, order, place)
 
 

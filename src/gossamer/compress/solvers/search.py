@@ -3,6 +3,7 @@ spread of normally distributed weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,13 +22,16 @@ __all__ = ["Search", "fit_grid"]
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
+FEW = 4  # bits of a scale: its neighbours are far
+OUTER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # ranges of scales that are tried where these are a format
+
 
 @dataclass(frozen=True)
 class Search:
     """How ranges are searched.
 
     by: "error" tries ``steps`` ranges of each group, from the whole one (1: no other) to ``lowest`` of it, and keeps
-    the one of least sum importance * |error|^norm; "normal" takes the scale that is best for normal weights of the
+    the one of least sum importance * |error|^norm; "gaussian" takes the scale that is best for normal weights of the
     group's rms (QuEST, Panferov et al. 2025), which "error" tries too.
     refine: rounds in which the least-squares scale (and minimum) of the codes, the zero points beside, and the stored
     neighbours of coarse scales are tried; each is kept where it lowers the error.
@@ -43,8 +47,8 @@ class Search:
     rounding: str = "mse"
 
     def __post_init__(self) -> None:
-        if self.by not in ("error", "normal"):
-            raise UsageError(f"ranges are searched by 'error' or 'normal', not '{self.by}'.")
+        if self.by not in ("error", "gaussian"):
+            raise UsageError(f"ranges are searched by 'error' or 'gaussian', not '{self.by}'.")
         if not 1 <= self.steps <= 1000 or not 0 < self.lowest <= 1 or not 0 <= self.refine <= 100:
             raise UsageError(
                 f"a search of {self.steps} ranges down to {self.lowest:g} with {self.refine} rounds cannot be; use 1 "
@@ -69,22 +73,31 @@ def fit_grid(fmt: Coded, w: F32, importance: F32 | None = None, *, search: Searc
         return absmax(fmt, w)
     _refuse(fmt, search)
     score = Score(fmt, w, importance, search.norm)
-    fine = _fine(fmt)
-    rounding = search.rounding
-    at = _normal(fmt, score, rounding) if search.by == "normal" else _tried(fmt, absmax(fine, w), score, search)
-    if search.by == "error":
-        for _ in range(search.refine):
-            _least_squares(fmt, at, score, rounding)
-            _zero_points(fmt, at, score)
+    if search.by == "gaussian":
+        return _stored(fmt, _gaussian(fmt, score, search.rounding), score, search)
+    at = _tried(fmt, absmax(_fine(fmt), w), score, search)
+    for _ in range(search.refine):
+        _least_squares(fmt, at, score, search.rounding)
+        _zero_points(fmt, at, score)
     grid = _stored(fmt, at, score, search)
-    if isinstance(fmt.scale, Coded) or isinstance(fmt.minimum, Coded):
+    if search.steps > 1 and (isinstance(fmt.scale, Coded) or isinstance(fmt.minimum, Coded)):
         # What each group would like best need not be what a format of all groups' scales holds best.
-        plain = absmax(fmt, w)
-        first = score.first_rows
-        error = score.errors(plain.s[first], plain.z, None if plain.m is None else plain.m[first])
-        if error.sum(dtype=np.float64) < at.error.sum(dtype=np.float64):
-            return plain
+        others = [absmax(fmt, w)]
+        if _centred(fmt):
+            others.append(_stored(fmt, _gaussian(fmt, score, search.rounding), score, search))
+        grid = min([grid, *others], key=lambda g: _total(g, score))
     return grid
+
+
+def _total(grid: Grid, score: Score) -> float:
+    first = score.first_rows
+    error = score.errors(grid.s[first], grid.z, None if grid.m is None else grid.m[first])
+    return float(error.sum(dtype=np.float64))
+
+
+def _centred(fmt: Coded) -> bool:
+    """Whether there are values on both sides of any mean."""
+    return fmt.number.family != "uint" or bool(fmt.zero) or fmt.minimum is not None
 
 
 def absmax(fmt: Coded, w: F32) -> Grid:
@@ -107,7 +120,7 @@ def absmax(fmt: Coded, w: F32) -> Grid:
 
 
 def _refuse(fmt: Coded, search: Search) -> None:
-    if search.by == "normal" and fmt.number.family == "uint" and not fmt.zero and fmt.minimum is None:
+    if search.by == "gaussian" and not _centred(fmt):
         raise FormatError(
             f"{fmt} has no negative values, so normal weights do not fit it; write '{fmt.number.name}/{fmt.group}' or "
             "another number."
@@ -182,15 +195,15 @@ def _tried(fmt: Coded, base: Grid, score: Score, search: Search) -> _At:
         else:
             at.keep(score, s, base.z, mins, error)
     assert at is not None
-    if search.steps > 1 and (number.family != "uint" or at.z is not None or at.m is not None):
-        normal = _normal(fmt, score, search.rounding)  # far below the range of the others where an extreme is alone
+    if search.steps > 1 and _centred(fmt):
+        normal = _gaussian(fmt, score, search.rounding)  # far below the range of the others where an extreme is alone
         at.keep(score, normal.s, normal.z, normal.m, normal.error)
     if fit.signed(fmt, False) and number.family == "int":  # the longer side of the codes may belong to the other end
         at.keep(score, -at.s, None, None, score.errors(-at.s, None, None))
     return at
 
 
-def _normal(fmt: Coded, score: Score, rounding: str) -> _At:
+def _gaussian(fmt: Coded, score: Score, rounding: str) -> _At:
     """The best scales for normally distributed weights; offsets put the grid's middle on the mean."""
     count, total, square = score.moments()
     mean = total / count
@@ -226,16 +239,24 @@ def _zero_points(fmt: Coded, at: _At, score: Score) -> None:
 
 def _stored(fmt: Coded, at: _At, score: Score, search: Search) -> Grid:
     """The grid as it is stored: coarse scales and minima are fixed first, then what depends on them."""
-    mins = None if at.m is None else store_mins(fmt, at.m.astype(np.float64))
-    m = None if mins is None else mins.single
+    mins = m = None
+    if at.m is not None:
+
+        def with_mins(found: Matrix) -> F32:
+            return score.errors(at.s, at.z, found.single)
+
+        mins = _nested(fmt.minimum, at.m, search, score, lambda m64: store_mins(fmt, m64), with_mins)
+        m = mins.single
     if coarse(fmt.minimum):  # the scales for what the minima became
         at.m, at.error = m, score.errors(at.s, at.z, m)
         best = score.least_squares(at.s, at.z, m, keep_m=True)[0].astype(np.float32)
         at.keep(score, best, at.z, m, score.errors(best, at.z, m))
-    steps = store_scales(fmt, at.s.astype(np.float64), m, search.rounding)
-    if at.z is not None:  # zero stays where it was
-        s = score.spread(np.where(steps.single == 0, 1, at.s / np.where(steps.single == 0, 1, steps.single)))
-        at.z = np.clip(np.rint(at.z * s), 0, fmt.number.levels - 1)
+
+    def with_scales(found: Matrix) -> F32:
+        return score.errors(found.single, _moved(fmt, at, found, score), m)
+
+    steps = _nested(fmt.scale, at.s, search, score, lambda s64: store_scales(fmt, s64, m, search.rounding), with_scales)
+    at.z = _moved(fmt, at, steps, score)
     if coarse(fmt.scale) or coarse(fmt.minimum):
         at.s, at.m, at.error = steps.single, m, score.errors(steps.single, at.z, m)
         if search.rounding == "mse":
@@ -249,6 +270,52 @@ def _stored(fmt: Coded, at: _At, score: Score, search: Search) -> Grid:
         fmt, rows, cols, steps.stored, None if mins is None else mins.stored, z, score.spread(steps.single),
         at.z, None if mins is None else score.spread(mins.single),
     )  # fmt: skip
+
+
+def _moved(fmt: Coded, at: _At, steps: Matrix, score: Score) -> F32 | None:
+    """The zero points where the scales become others: zero stays where it was."""
+    if at.z is None:
+        return None
+    ratio = np.where(steps.single == 0, 1, at.s / np.where(steps.single == 0, 1, steps.single))
+    moved: F32 = np.clip(np.rint(at.z * score.spread(ratio)), 0, fmt.number.levels - 1)
+    return moved
+
+
+def _nested(
+    kind: str | Coded | None,
+    wanted: F32,
+    search: Search,
+    score: Score,
+    store: Callable[[F64], Matrix],
+    errors: Callable[[Matrix], F32],
+) -> Matrix:
+    """Scales or minima [row tiles, groups] as they are stored; in a format of their own with the range, of each of its
+    groups, that gives the least error of the weights: the largest scale may be worth less than the others' steps."""
+    exact = wanted.astype(np.float64)
+    if not isinstance(kind, Coded) or search.rounding != "mse" or search.steps == 1:
+        return store(exact)
+    tiles, groups = wanted.shape
+    outer_rows = np.arange(0, tiles, kind.tile_rows(tiles))
+    outer_columns = np.arange(0, groups, kind.width(groups))
+    row_of, column_of = np.arange(tiles) // kind.tile_rows(tiles), np.arange(groups) // kind.width(groups)
+
+    def spread(x: F64) -> F64:
+        return x[row_of][:, column_of]
+
+    top = np.maximum.reduceat(np.maximum.reduceat(np.abs(exact), outer_rows, axis=0), outer_columns, axis=1)
+    best, least = np.ones_like(top), np.full(top.shape, np.inf)
+    for ratio in OUTER:
+        bound = spread(ratio * top)
+        found = store(np.clip(exact, -bound, bound))
+        error = score.tiles(errors(found))
+        if kind.number.bits <= FEW:  # a neighbour will be taken where it is better
+            for by in (-1, 1):
+                error = np.minimum(error, score.tiles(errors(found.shifted(by))))
+        total = np.add.reduceat(np.add.reduceat(error, outer_rows, axis=0), outer_columns, axis=1)
+        better = total < least
+        best, least = np.where(better, ratio, best), np.where(better, total, least)
+    bound = spread(best * top)
+    return store(np.clip(exact, -bound, bound))
 
 
 def _neighbours(kind: str | Coded | None, found: Matrix, at: _At, score: Score, name: str) -> Matrix:
