@@ -199,7 +199,7 @@ def test_weights_that_cannot_be(weights: np.ndarray, says: str) -> None:
 
 def test_matrices_that_cannot_be() -> None:
     w = np.full((4, 8), np.nan, F)
-    with pytest.raises(FormatError, match="blk.0 holds a NaN"):
+    with pytest.raises(FormatError, match=r"blk\.0 holds a NaN"):
         lloyd(KMeans(2, "row"), w, np.ones(8, F), where="blk.0")
     with pytest.raises(UsageError, match="4 x 8 truth values"):
         lloyd(KMeans(2, "row"), np.ones((4, 8), F), without=np.zeros((3, 8), bool))

@@ -115,9 +115,9 @@ def test_a_rank_that_the_matrix_does_not_have_is_filled_with_zeros() -> None:
 
 def test_what_is_missing_or_broken_is_said() -> None:
     e = np.ones((4, 8), F)
-    with pytest.raises(UsageError, match="blk.0 need the second moments"):
+    with pytest.raises(UsageError, match=r"blk\.0 need the second moments"):
         factors(e, 2, "whiten", where="blk.0")
-    with pytest.raises(UsageError, match="blk.0 scaled by rms need"):
+    with pytest.raises(UsageError, match=r"blk\.0 scaled by rms need"):
         factors(e, 2, "rms", where="blk.0")
     with pytest.raises(UsageError, match="NaN"):
         factors(e, 2, "whiten", hessian=np.full((8, 8), np.nan, F))

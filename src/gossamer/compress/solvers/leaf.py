@@ -14,7 +14,7 @@ from gossamer.compress.solvers.hqq import Hqq, hqq
 from gossamer.compress.solvers.lloyd import lloyd
 from gossamer.compress.solvers.nearest import clip, nearest
 from gossamer.compress.solvers.nested import dual, planes, progressive
-from gossamer.compress.solvers.obs import Obs, group_metric, obs
+from gossamer.compress.solvers.obs import Obs, Solved, group_metric, obs
 from gossamer.compress.solvers.outliers import OutlierRule
 from gossamer.compress.solvers.rounding import objective, refit_scales, round_learned
 from gossamer.compress.solvers.search import fit_grid
@@ -27,6 +27,10 @@ __all__ = ["Leaf"]
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
+
+TRIES = 6  # sweeps to find how many outliers fill a mask
+FALL = 0.7  # of the threshold's logarithm for that of the count: what weights have at about one percent
+ENOUGH = 0.93  # of a mask
 
 
 class Leaf:
@@ -127,8 +131,7 @@ class Leaf:
         assert isinstance(how, Obs)
         assert stats is not None
         assert stats.hessian is not None
-        rule = OutlierRule(given.threshold, (count + 0.5) / w.size)
-        found = obs(fmt, w, stats.hessian, replace(how, outliers=rule), where=self.where, tokens=stats.tokens)
+        found = self._filled(fmt, w, stats, how, given.threshold, count)
         self.log += found.log
         entries = np.zeros(w.shape, np.bool_)
         assert found.entries is not None
@@ -138,6 +141,40 @@ class Leaf:
             f"{self.where}: {len(found.entries)} outliers, {len(found.entries) / w.size:.3%} of the weights"
         )
         return self._rounded(found.packed, meant, stats, entries), entries, meant
+
+    def _filled(self, fmt: Coded, w: F32, stats: Statistics, how: Obs, threshold: float, count: int) -> Solved:
+        """The solution with the lowest threshold, not below the one given, that keeps at most ``count`` entries out.
+
+        How many reach a threshold is known only after a sweep: about as many as a power of it, so a few tries find it.
+        """
+        hessian = stats.hessian
+        assert hessian is not None
+
+        def at(limit: float, most: float) -> Solved:
+            options = replace(how, outliers=OutlierRule(limit, most))
+            return obs(fmt, w, hessian, options, where=self.where, tokens=stats.tokens)
+
+        def kept(solved: Solved) -> int:
+            assert solved.entries is not None
+            return len(solved.entries)
+
+        best = None
+        above, below = 0.0, np.inf  # thresholds that too many reach, and that no more than allowed do
+        for _ in range(TRIES):
+            found = at(threshold, 1.0)
+            if kept(found) > count:
+                above = max(above, threshold)
+                threshold *= 1.02 * (kept(found) / max(count, 1)) ** FALL
+                if threshold >= below:
+                    threshold = (above * below) ** 0.5
+                continue
+            if best is None or kept(found) > kept(best):
+                best = found
+            below = min(below, threshold)
+            if above == 0 or kept(found) >= ENOUGH * count:
+                break
+            threshold = (above * below) ** 0.5
+        return best or at(threshold, (count + 0.5) / w.size)
 
     def _rounded(self, packed: Packed, w: F32, stats: Statistics | None, without: Bools | None) -> Packed:
         """The step ``round``, where it is asked for; entries ``without`` have no error."""

@@ -94,7 +94,7 @@ def root(hessian: F32, where: str, log: list[str] | None = None) -> npt.NDArray[
     """
     if not np.isfinite(hessian).all() or np.diagonal(hessian).min() < 0:
         raise UsageError(
-            f"the second moments of the input of {where} hold a NaN, an infinity or a negative variance; calibrate again."
+            f"the second moments of the input of {where} hold a NaN, an infinity or a negative number; calibrate again."
         )
     h = hessian.astype(np.float64)
     mean = float(np.trace(h)) / len(h)

@@ -160,11 +160,12 @@ def dual(fmt: Coded, w: F32, samples: F32 | None = None, *, where: str = "the ma
     refuse_infinite(w, fmt, where)
     arrays = allocate(fmt, rows, cols)
     width, top = fmt.width(cols), fmt.number.levels - 1
-    x = None if samples is None else _groups(samples, width)  # [tokens, groups, width]
+    x = None if samples is None else _groups(samples / _unit(np.abs(samples).max(initial=0)), width)
     for r in range(0, rows, ROWS):
-        some = _groups(w[r : r + ROWS], width)
+        unit = _unit(np.abs(w[r : r + ROWS]).max(axis=1, keepdims=True))
+        some = _groups(w[r : r + ROWS] / unit, width)  # near one: squares stay within float32
         s, zero = _fine(some, x, top)
-        _store(fmt, arrays, r, *_coarse(some, s, zero, x, top, kind), cols)
+        _store(fmt, arrays, r, *_coarse(some, s, zero, x, unit, top, kind), cols)
     return Packed(fmt, (rows, cols), arrays)
 
 
@@ -190,17 +191,18 @@ def _fine(w: F32, x: F32 | None, top: int) -> tuple[F32, F32]:
 
 
 def _coarse(
-    w: F32, s: F32, zero: F32, x: F32 | None, top: int, kind: str
+    w: F32, s: F32, zero: F32, x: F32 | None, unit: F32, top: int, kind: str
 ) -> tuple[F32, F32, F32, npt.NDArray[np.generic]]:
-    """Codes, integers s2, zero points and the stored row scales of least output error of each row of groups w."""
+    """Codes, integers s2, zero points and the row scales of least output error of each row of groups w * unit."""
     n = len(w)
     inputs = None if x is None else x.reshape(len(x), -1).T
     z = zero[..., None]
-    extreme = np.abs(w).max(axis=(1, 2)).astype(np.float64)
+    extreme = np.abs(w).max(axis=(1, 2)) * unit[:, 0].astype(np.float64)
     kept, _ = _stored(extreme / BYTE, kind)
     codes, multiples, least = np.empty_like(w), np.empty_like(s), np.full(n, np.inf, np.float32)
     for ratio in COARSE:
         found, s1 = _stored(ratio * extreme / BYTE, kind)
+        s1 = s1 / unit
         s2 = np.clip(np.rint(s / s1), 1, BYTE)
         bound = np.floor(BYTE / s2)[..., None]
         edge = np.float32(BYTE) * s1[..., None]
@@ -243,6 +245,11 @@ def _kind(fmt: Coded, name: str, least: int) -> str:
         raise UsageError(f"the solver '{name}' fits formats such as uint4/g128*(int8/row), so it cannot fit {fmt}.")
     assert isinstance(scale, Coded)
     return str(scale.scale)
+
+
+def _unit(size: F32) -> F32:
+    """The power of two at or below positive numbers; 1 for zero."""
+    return np.where(size > 0, np.ldexp(np.float32(0.5), np.frexp(size)[1]), np.float32(1))
 
 
 def _groups(w: npt.NDArray[np.floating], width: int) -> F32:

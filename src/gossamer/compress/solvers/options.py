@@ -124,7 +124,7 @@ class Outliers:
 
     rule: ``fisher`` SqueezeLLM's; ``loop`` chosen inside ``obs`` (SpQR); ``error`` largest weighed error of a first
     fit; ``magnitude`` largest |w|; ``residual`` largest of what remains after the fit. ``sensitive`` and ``reach`` go
-    with ``fisher``, ``threshold`` with ``loop``.
+    with ``fisher``, ``threshold`` with ``loop``: it is raised where more entries reach it than the mask holds.
     """
 
     rule: Literal["fisher", "loop", "error", "magnitude", "residual"] = "error"

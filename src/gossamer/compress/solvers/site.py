@@ -7,7 +7,7 @@ columns or rows apart, a sum gives every term what those before it leave. What c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from gossamer.compress.solvers.lowrank import factors
 from gossamer.compress.solvers.measure import SiteError, measure
 from gossamer.compress.solvers.nested import planes
 from gossamer.compress.solvers.obs import Obs
-from gossamer.compress.solvers.options import Bias, LowRank, Nearest, Nested, Outliers, Solver
+from gossamer.compress.solvers.options import Bias, Clip, LowRank, Nearest, Nested, Outliers, Solver
 from gossamer.compress.statistics import Statistics
 from gossamer.errors import UsageError
 from gossamer.formats import (
@@ -42,7 +42,7 @@ from gossamer.formats import (
 )
 from gossamer.formats.composite import padded, refuse_hints, refuse_infinite
 
-__all__ = ["SitePacked", "solve"]
+__all__ = ["SiteError", "SitePacked", "Solver", "solve"]
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -184,9 +184,14 @@ class _Run:
         entries, chosen_inside = None, False
         if mask is not None:
             hinted = "entries" in part.hints.get(str(mask), {})
-            chosen_inside = self._rule == "loop" and mask == 1 and isinstance(fmt.terms[0], Coded) and not hinted
+            alone = (
+                mask == 1 and isinstance(fmt.terms[0], Coded) and not any(isinstance(t, Coded) for t in fmt.terms[1:])
+            )
+            chosen_inside = self._rule == "loop" and alone and not hinted
             if not chosen_inside:
                 entries = self._entries(fmt, mask, part)
+        # What a term of codes pushes into later columns, a further one would have to undo: only the last one pushes.
+        last = max((i for i, term in enumerate(fmt.terms) if not isinstance(term, (Mask, Rank))), default=0)
         for i, term in enumerate(fmt.terms):
             name = str(i)
             hints = part.hints.get(name, {})
@@ -200,13 +205,22 @@ class _Run:
                 inner = self._mask(term, replace(part, w=rest, hints=hints), entries if i == mask else None)
             else:
                 apart = later if mask is None or i > mask or entries is None else _either(later, entries)
-                inner = self.solve(term, replace(part, w=rest, hints=hints, without=apart))
+                run = self._without_pushing() if i < last and isinstance(self.how.options, Obs) else self
+                inner = run.solve(term, replace(part, w=rest, hints=hints, without=apart))
             arrays.update({f"{name}.{key}": a for key, a in inner.items()})
             if i < len(fmt.terms) - 1:
                 with np.errstate(over="ignore"):
                     rest = rest - term.decode_rows(inner, len(rest), rest.shape[1], 0, len(rest))
                 refuse_infinite(rest, fmt, "what the first parts leave")
         return arrays
+
+    def _without_pushing(self) -> _Run:
+        """The same with the grids of ``obs``, but codes rounded to nearest."""
+        assert isinstance(self.how.options, Obs)
+        search = self.how.options.search
+        run = _Run(Solver(Nearest() if search is None else Clip(**asdict(search))), self.where)
+        run.log = self.log
+        return run
 
     @property
     def _rule(self) -> str:
