@@ -10,7 +10,7 @@ from _common import A8, claim, models, options
 
 args = options(__doc__, format=A8)
 KEEP = [("embed", "int6/g32 @ int8/g32")]
-speed = models(args, "llama-3.2-1b", args.format, KEEP, prefill=16, decode=64, batches=(1, 4, 8, 16, 32))
+speed = models(args, "llama-3.2-1b", args.format, KEEP, prefill=16, decode=64, batches=(1, 8, 16))
 if speed:
     decode = {c.batch: c for c in speed.cells[1:]}
     for batch, least in ((8, 5.5), (16, 7.5)):
