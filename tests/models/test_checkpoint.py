@@ -15,7 +15,8 @@ import pytest
 
 from gossamer import LLM
 from gossamer.checkpoints.gguf import LOSSLESS
-from gossamer.compress.write import compress
+from gossamer.compress.job import compress
+from gossamer.compress.recipe import of_format
 from gossamer.engine.llm import chooser
 from gossamer.errors import CheckpointError, FormatError, GossamerError, UnsupportedError
 from gossamer.formats import parse
@@ -214,8 +215,7 @@ def ours(theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, compressed."""
     checkpoint = open_checkpoint(theirs)
     out = tmp_path_factory.mktemp("ours") / "packed"
-    fmt = parse("uint4/g32 @ int8/token")
-    written = compress(checkpoint, out, chooser(fmt, [("embed", parse("f16 @ f32"))], checkpoint.topology), recipe={})
+    written = compress(checkpoint, out, of_format("uint4/g32 @ int8/token"), keep=[("embed", "f16 @ f32")])
     opened = open_checkpoint(out)
     planned = plan(opened)
     assert written.data_bytes == opened.data_bytes == planned.data_bytes
