@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gossamer.errors import ResourceError
-from gossamer.models.memory import ALIGN, HUGE, Region
+from gossamer.models.memory import ALIGN, HUGE, STEP, Region
 
 
 def test_arrays_are_copied_one_after_the_other() -> None:
@@ -21,6 +21,16 @@ def test_arrays_are_copied_one_after_the_other() -> None:
     addresses = [a.ctypes.data for a in (placed["a"], placed["b"], more["c"])]
     assert all(address % ALIGN == 0 for address in addresses)
     assert addresses == [addresses[0], addresses[0] + ALIGN, addresses[0] + 2 * ALIGN]
+
+
+def test_a_large_array_lets_go_of_what_was_copied() -> None:
+    array = np.arange(3 * STEP // 4 + 5, dtype=np.uint32)
+    released: list[int] = []
+    region = Region(array.nbytes)
+    placed = region.place({"a": array}, lambda: released.append(1))["a"]
+    assert np.array_equal(placed, array)
+    assert not np.shares_memory(placed, array)
+    assert released
 
 
 def test_what_does_not_fit_stays_where_it_is() -> None:

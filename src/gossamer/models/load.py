@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from gossamer.errors import UsageError
 from gossamer.formats import Packed, SiteFormat
@@ -84,7 +85,7 @@ def load(checkpoint: Checkpoint, formats: Mapping[str, SiteFormat], progress: Pr
     region = Region.of(formats, topology.sites)
     for done, site in enumerate(topology.sites):
         fmt = formats[site.name]
-        packed[site.name] = region.move(checkpoint.pack(site, fmt))
+        packed[site.name] = region.move(checkpoint.pack(site, fmt), partial(checkpoint.release, site))
         checkpoint.release(site)
         runners[site.name] = make_runner(packed[site.name], fmt, checkpoint.bias(site))
         if progress:
