@@ -13,6 +13,7 @@ from gossamer.checkpoints.names import resolve
 from gossamer.cli import ui
 from gossamer.cli.options import keep_rules
 from gossamer.compress import recipe as recipes
+from gossamer.compress.check import CheckError
 from gossamer.compress.job import Job, Written, compress
 from gossamer.compress.preflight import Prediction
 from gossamer.compress.recipe import Calibration, Recipe
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         done = compress(
             checkpoint, args.output, recipe, keep=keep, calibration=calibration, seed=args.seed, watch=watch
         )
-    except (KeyboardInterrupt, ResourceError):
+    except (KeyboardInterrupt, ResourceError, CheckError):
         _tell_kept(args.output)
         raise
     _tell_result(checkpoint, done, args.json)

@@ -324,7 +324,7 @@ class _Probe:
         def run(n: int) -> float:
             small = SiteFormat(_small(fmt.weight, n, cols), fmt.input)
             some = None if fisher is None else fisher[:n]
-            return _least(lambda: solve(small, w[:n], stats, solver, where="the probe", fisher=some), times=1)
+            return _least(lambda: solve(small, w[:n], stats, solver, where="the probe", fisher=some))
 
         few, many = run(half), run(rows)
         each = max(0.0, many - few) / max(1, rows - half)
