@@ -1,4 +1,4 @@
-"""A single file that appears under its name complete, or not at all. Folders: folder.publish."""
+"""A single file that appears under its name complete, or not at all. Folders: place.publish."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from gossamer.checkpoints.place import is_alive
 from gossamer.checkpoints.safetensors_writer import write_error
 from gossamer.errors import GossamerError, ResourceError, UsageError
 
@@ -61,19 +62,9 @@ def _sweep(out: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(out.name)}\.partial-(\d+)")
     for name in os.listdir(out.parent):
         match = pattern.fullmatch(name)
-        if match and int(match[1]) != os.getpid() and not _is_alive(int(match[1])):
+        if match and int(match[1]) != os.getpid() and not is_alive(int(match[1])):
             with suppress(OSError):
                 (out.parent / name).unlink()
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _finish(partial: Path, out: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from gossamer.checkpoints.safetensors_writer import write_error
 from gossamer.errors import ResourceError, UsageError
 
-__all__ = ["Workplace", "flush", "publish", "workplace"]
+__all__ = ["Workplace", "flush", "is_alive", "publish", "workplace"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
@@ -221,7 +221,7 @@ def _lock(folder: Path, writer: int) -> int | None:
     except BlockingIOError:
         held = True
     except OSError:  # a file system without locks: the process number has to do
-        held = writer != os.getpid() and _is_alive(writer)
+        held = writer != os.getpid() and is_alive(writer)
     else:
         held = False
     if held:
@@ -230,7 +230,8 @@ def _lock(folder: Path, writer: int) -> int | None:
     return fd
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether a process of this number lives, whoever owns it."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
