@@ -21,6 +21,7 @@ import numpy.typing as npt
 from gossamer import ops
 from gossamer.compress.calibrate import fingerprint
 from gossamer.errors import GossamerError, UsageError
+from gossamer.evaluate.windows import encode_start
 from gossamer.models.checkpoint import Checkpoint
 from gossamer.models.load import Progress
 
@@ -37,7 +38,6 @@ SELF = "self"
 TOKENS, LENGTH = 65536, 512  # of all sequences, and of each, unless other numbers are asked for
 _BATCH = 32  # sequences that the model writes at once; what it writes does not depend on it
 _KV_BYTES = 1 << 30  # of keys and values at once: fewer sequences where these are large
-_MARGIN = 64  # tokens at the end of a cut text that are not used: the cut may have changed them
 
 
 @dataclass(frozen=True)
@@ -124,23 +124,13 @@ def _check_vocabulary(sequences: Sequence[I32], checkpoint: Checkpoint) -> None:
 def _cut(tokenizer: Tokenizer, text: str, count: int, length: int, source: str) -> list[I32]:
     head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     size = length - len(head)
-    ids = _encode(tokenizer, text, count * size)
+    ids = encode_start(tokenizer, text, count * size)
     if len(ids) < count * size:
         raise UsageError(
             f"the text '{source}' has {len(ids):,} tokens, and calibration asks for {count * size:,}; "
             "give a longer text or ask for fewer tokens."
         )
     return [np.array(head + ids[i * size : (i + 1) * size], np.int32) for i in range(count)]
-
-
-def _encode(tokenizer: Tokenizer, text: str, need: int) -> list[int]:
-    """The first ``need`` tokens, without BOS: a prefix that doubles until it has as many and some to spare."""
-    characters = 8 * (need + _MARGIN)
-    while True:
-        ids = tokenizer.encode(text[:characters], special=False, bos=False)
-        if characters >= len(text) or len(ids) >= need + _MARGIN:
-            return ids[:need]
-        characters *= 2
 
 
 # ---------------------------------------------------------------- a text the model writes

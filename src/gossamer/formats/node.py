@@ -18,7 +18,7 @@ from gossamer.errors import FormatError
 if TYPE_CHECKING:
     from gossamer.ops import Kernel
 
-__all__ = ["ALIGN", "PANEL", "ArraySource", "Field", "Format", "Packed", "RowSource", "allocate"]
+__all__ = ["ALIGN", "PANEL", "ArraySource", "Field", "Format", "Packed", "PackedSource", "RowSource", "allocate"]
 
 F32 = npt.NDArray[np.float32]
 
@@ -179,6 +179,20 @@ class _Indexed(Protocol):
 
     def check_arrays(self, arrays: Mapping[str, npt.NDArray[Any]], rows: int, cols: int, where: str) -> None:
         """Raises FormatError when what the arrays hold makes no sense."""
+
+
+@dataclass(frozen=True)
+class PackedSource:
+    """What a stored matrix stands for, decoded a few rows at a time."""
+
+    packed: Packed
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape
+
+    def read(self, r0: int, r1: int) -> F32:
+        return self.packed.decode(r0, r1)
 
 
 def allocate(fmt: Format, rows: int, cols: int) -> dict[str, npt.NDArray[Any]]:

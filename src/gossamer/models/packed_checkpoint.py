@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gossamer.checkpoints.folder import Folder
 from gossamer.errors import CheckpointError, FormatError, UnsupportedError
 from gossamer.formats import Packed, RowSource, SiteFormat, parse
-from gossamer.formats.node import Field
+from gossamer.formats.node import Field, PackedSource
 from gossamer.models.checkpoint import StoredTensor, expect_shape, refuse_unknown
 from gossamer.models.config import shown
 from gossamer.models.hf_checkpoint import InFolder
@@ -23,18 +23,6 @@ __all__ = ["LAYOUT", "PackedFolder"]
 F32 = npt.NDArray[np.float32]
 
 LAYOUT = 1  # version of the packed byte layout; see docs/formats.md
-
-
-@dataclass(frozen=True)
-class _Rows:
-    packed: Packed
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.packed.shape
-
-    def read(self, r0: int, r1: int) -> F32:
-        return self.packed.decode(r0, r1)
 
 
 class PackedFolder(InFolder):
@@ -106,7 +94,7 @@ class PackedFolder(InFolder):
         return packed
 
     def source(self, site: Site) -> RowSource:
-        return _Rows(self.stored(site))
+        return PackedSource(self.stored(site))
 
     def pack(self, site: Site, fmt: SiteFormat | None = None) -> Packed:
         if fmt is None or fmt.weight == self._formats[site.name].weight:

@@ -7,7 +7,6 @@ were ordered by activations become ``permute(...)``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from gossamer.checkpoints.stored import QuantizedTensors, StoredSite
 from gossamer.errors import CheckpointError, UnsupportedError
 from gossamer.formats import Packed, Permute, RowSource, SiteFormat, allocate
 from gossamer.formats.composite import padded
-from gossamer.formats.node import ROWS_PER_STEP
+from gossamer.formats.node import ROWS_PER_STEP, PackedSource
 from gossamer.models.checkpoint import StoredTensor, refuse_unknown
 from gossamer.models.config import shown
 from gossamer.models.hf_checkpoint import InFolder, PlainRows, plain_format
@@ -35,18 +34,6 @@ _METHODS: Mapping[str, Callable[[Folder, Mapping[str, Any], str], QuantizedTenso
     "gptq": GptqTensors,
     "awq": AwqTensors,
 }
-
-
-@dataclass(frozen=True)
-class _Rows:
-    packed: Packed
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.packed.shape
-
-    def read(self, r0: int, r1: int) -> F32:
-        return self.packed.decode(r0, r1)
 
 
 class QuantizedFolder(InFolder):
@@ -108,7 +95,7 @@ class QuantizedFolder(InFolder):
         if self._stored[site.name] is None:
             self.native(site)
             return PlainRows(self.folder, f"{site.name}.weight", (site.rows, site.cols))
-        return _Rows(self.pack(site))
+        return PackedSource(self.pack(site))
 
     def release(self, site: Site) -> None:
         stored = self._stored[site.name]
